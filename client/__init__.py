@@ -1,0 +1,1 @@
+"""The edge: a client's data, its local tuning and its evaluation."""

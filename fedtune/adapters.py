@@ -1,0 +1,300 @@
+"""What is tuned: adapters of ``peft``, by name, and how each of them averages."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedtune.config import TuningConfig
+from fedtune.errors import ExitCode, FedtuneError
+from fedtune.models import Base, share
+from fedtune.seeds import derive
+
+__all__ = [
+    "Pair",
+    "Tensors",
+    "attach",
+    "averaging",
+    "methods",
+    "pairs",
+    "read",
+    "trainable",
+    "write",
+]
+
+Tensors = dict[str, NDArray[np.float32]]
+"""Parameters by name, float32."""
+
+Task = Literal["causal-lm", "classification"]
+
+_PEFT_TASK = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
+# Measured in docs/decisions.md: plain averaging of these is exact.
+_LINEAR = frozenset(
+    {"ia3", "layernorm", "bias", "lora-frozen-a", "prompt", "p-tuning-v2", "ln_tuning", "beft",
+     "trainable_tokens", "fourierft", "waveft", "shira", "c3a", "miss", "frod", "tinylora",
+     "prompt_tuning"}
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One low-rank product ``scale * B @ A`` inside the adapter.
+
+    Attributes
+    ----------
+    layer : str
+        Name of the adapted layer in the tuned model.
+    a, b : str
+        Parameter names; A is (r, d_in), B is (d_out, r).
+    scale : float
+        ``alpha / r``, or what the variant uses instead.
+    """
+
+    layer: str
+    a: str
+    b: str
+    scale: float
+
+
+def averaging(adapter: str) -> Literal["linear", "product", "inexact"]:
+    """Say whether the mean of adapters is the adapter of the mean.
+
+    ``linear``: yes. ``product``: not, and the exact rule knows what to add.
+    ``inexact``: not, and no exact rule is known here.
+
+    Examples
+    --------
+    >>> averaging("prompt"), averaging("lora"), averaging("loha")
+    ('linear', 'product', 'inexact')
+    """
+    name = adapter.lower()
+    if name in _LINEAR:
+        return "linear"
+    return "product" if name == "lora" else "inexact"
+
+
+def methods() -> tuple[str, ...]:
+    """Return every adapter name that ``attach`` takes with this peft."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    return (*_NAMED, *sorted(kind.value.lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING))
+
+
+def attach(base: Base, tuning: TuningConfig, task: Task, seed: int) -> nn.Module:
+    """Put a fresh adapter on a model.
+
+    Parameters
+    ----------
+    base : Base
+        Its weights stay frozen and are not copied.
+    tuning : TuningConfig
+    task : {"causal-lm", "classification"}
+    seed : int
+        Root seed: the same seed gives the same adapter on every machine.
+
+    Returns
+    -------
+    nn.Module
+        A ``peft.PeftModel``; trainable parameters are float32.
+
+    Raises
+    ------
+    FedtuneError
+        Unknown method, wrong options, or a method that does not fit the model.
+    """
+    from peft import get_peft_model
+
+    with _readable(tuning, task), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(derive(seed, "adapter"))
+        model: Any = get_peft_model(share(base.model), _peft_config(base, tuning, task))
+    if tuning.adapter == "lora-frozen-a":
+        for name, parameter in model.named_parameters():
+            if ".lora_A." in name:
+                parameter.requires_grad_(False)
+    if not trainable(model):
+        raise FedtuneError(
+            f"tuning.adapter='{tuning.adapter}' leaves nothing to train on this model",
+            hint="check tuning.targets",
+            code=ExitCode.MODEL,
+        )
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that train and travel, sorted by name."""
+    return dict(sorted((n, p) for n, p in model.named_parameters() if p.requires_grad))
+
+
+def read(model: nn.Module) -> Tensors:
+    """Copy the trainable parameters out."""
+    return {
+        name: p.detach().to("cpu", torch.float32).numpy().copy()
+        for name, p in trainable(model).items()
+    }
+
+
+def write(model: nn.Module, tensors: Mapping[str, NDArray[np.float32]]) -> None:
+    """Copy values into the trainable parameters; names and shapes must be exactly theirs."""
+    parameters = trainable(model)
+    if parameters.keys() != tensors.keys():
+        odd = sorted(parameters.keys() ^ tensors.keys())
+        raise FedtuneError(f"adapter tensors do not fit this model: {odd[:3]}", code=ExitCode.MODEL)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if tuple(parameter.shape) != tensors[name].shape:
+                raise FedtuneError(
+                    f"'{name}' has shape {tensors[name].shape}, this model's is "
+                    f"{tuple(parameter.shape)}",
+                    code=ExitCode.MODEL,
+                )
+            parameter.copy_(torch.tensor(tensors[name]))
+
+
+def pairs(model: nn.Module) -> tuple[Pair, ...]:
+    """Return the low-rank products of a LoRA model in which both factors train."""
+    config: Any = model.peft_config["default"]  # type: ignore[index]
+    if getattr(config, "use_dora", False):
+        return ()
+    found, names = [], trainable(model)
+    modules = dict(model.named_modules())
+    for name in names:
+        match = re.fullmatch(r"(.*)\.lora_A\.default\.weight", name)
+        other = name.replace(".lora_A.", ".lora_B.")
+        if match and other in names:
+            scale = float(modules[match.group(1)].scaling["default"])  # type: ignore[index]
+            found.append(Pair(match.group(1), name, other, scale))
+    return tuple(found)
+
+
+def _peft_config(base: Base, tuning: TuningConfig, task: Task) -> Any:
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    if named := _NAMED.get(tuning.adapter):
+        return named(base, tuning, _PEFT_TASK[task])
+    kinds = {kind.value.lower(): made for kind, made in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if tuning.adapter.lower() not in kinds:
+        raise FedtuneError(
+            f"no adapter '{tuning.adapter}' in the installed peft",
+            hint=f"choose one of: {', '.join(methods())}",
+            code=ExitCode.MODEL,
+        )
+    options = dict(tuning.options)
+    fields = kinds[tuning.adapter.lower()].__dataclass_fields__
+    if "target_modules" in fields and tuning.targets:
+        options.setdefault("target_modules", _targets(tuning))
+    return kinds[tuning.adapter.lower()](task_type=_PEFT_TASK[task], **options)
+
+
+def _targets(tuning: TuningConfig) -> str | list[str]:
+    return "all-linear" if tuning.targets == ("all-linear",) else list(tuning.targets)
+
+
+def _lora(base: Base, tuning: TuningConfig, task: str) -> Any:
+    from peft import LoraConfig
+
+    given = {
+        "r": tuning.rank,
+        "lora_alpha": tuning.alpha,
+        "lora_dropout": tuning.dropout,
+        "target_modules": _targets(tuning),
+    }
+    return LoraConfig(task_type=task, **(given | tuning.options))
+
+
+def _prompt(base: Base, tuning: TuningConfig, task: str) -> Any:
+    from peft import PromptTuningConfig
+
+    return PromptTuningConfig(
+        task_type=task, **({"num_virtual_tokens": tuning.tokens} | tuning.options)
+    )
+
+
+def _prefix(base: Base, tuning: TuningConfig, task: str) -> Any:
+    """Prefix tuning as published: the prefix comes out of a small network."""
+    from peft import PrefixTuningConfig
+
+    given = {
+        "num_virtual_tokens": tuning.tokens,
+        "prefix_projection": True,
+        "encoder_hidden_size": int(base.model.config.hidden_size),
+    }
+    return PrefixTuningConfig(task_type=task, **(given | tuning.options))
+
+
+def _p_tuning_v2(base: Base, tuning: TuningConfig, task: str) -> Any:
+    """Deep prompts without the network (Liu et al. 2022)."""
+    from peft import PrefixTuningConfig
+
+    given = {"num_virtual_tokens": tuning.tokens, "prefix_projection": False}
+    return PrefixTuningConfig(task_type=task, **(given | tuning.options))
+
+
+def _ia3(base: Base, tuning: TuningConfig, task: str) -> Any:
+    from peft import IA3Config
+
+    given = {} if tuning.targets == ("all-linear",) else {"target_modules": list(tuning.targets)}
+    return IA3Config(task_type=task, **(given | tuning.options))
+
+
+def _layernorm(base: Base, tuning: TuningConfig, task: str) -> Any:
+    from peft import LNTuningConfig
+
+    norms = [
+        name for name, module in base.model.named_modules()
+        if re.search(r"norm", type(module).__name__, re.IGNORECASE)
+    ]  # fmt: skip
+    return LNTuningConfig(task_type=task, **({"target_modules": norms} | tuning.options))
+
+
+def _bias(base: Base, tuning: TuningConfig, task: str) -> Any:
+    """Biases of the linear layers (BitFit), in the format of peft's BEFT."""
+    from peft import BeftConfig
+
+    heads = {"classifier", "score", "lm_head"}
+    biased = [
+        name for name, module in base.model.named_modules()
+        if isinstance(module, nn.Linear) and module.bias is not None
+        and not heads & set(name.split("."))
+    ]  # fmt: skip
+    if not biased:
+        raise FedtuneError(
+            "tuning.adapter='bias': no linear layer of this model has a bias",
+            hint="use layernorm or ia3, which are as small",
+            code=ExitCode.MODEL,
+        )
+    return BeftConfig(task_type=task, **({"target_modules": biased} | tuning.options))
+
+
+_NAMED: dict[str, Callable[[Base, TuningConfig, str], Any]] = {
+    "lora": _lora,
+    "lora-frozen-a": _lora,
+    "prompt": _prompt,
+    "prefix": _prefix,
+    "p-tuning-v2": _p_tuning_v2,
+    "ia3": _ia3,
+    "layernorm": _layernorm,
+    "bias": _bias,
+}
+
+
+@contextlib.contextmanager
+def _readable(tuning: TuningConfig, task: Task) -> Iterator[None]:
+    """Turn what peft raises into an error that names the setting."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
+        raise FedtuneError(
+            f"tuning.adapter='{tuning.adapter}' does not fit this model ({task}): {error}",
+            hint="check tuning.targets and tuning.options, or choose another adapter",
+            code=ExitCode.MODEL,
+        ) from error

@@ -1,0 +1,269 @@
+"""The experiment: one TOML file as frozen, validated values.
+
+Every table of the file is one class here; ``fedtune init`` writes a file with
+all of them. Unknown keys are errors (see ``configfile`` for reading, overrides
+and "did you mean").
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = [
+    "SCHEMA",
+    "Config",
+    "DataConfig",
+    "EngineConfig",
+    "EvaluationConfig",
+    "FederationConfig",
+    "ModelConfig",
+    "OutputConfig",
+    "PartitionConfig",
+    "ServerOptimizerConfig",
+    "TuningConfig",
+]
+
+SCHEMA = 1
+"""Version of the file format this release reads and writes."""
+
+_STRICT = ConfigDict(
+    extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True
+)
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class ModelConfig(BaseModel):
+    """Which model is tuned."""
+
+    model_config = _STRICT
+
+    base: str = "fedtune:tiny"
+    """``fedtune:tiny``, ``fedtune:minilm``, a local folder, or a hub id."""
+    task: Literal["causal-lm", "classification"] = "causal-lm"
+    pooling: Literal["auto", "mean"] = "auto"
+    """Classification only: the architecture's own head, or mean pooling and a linear head."""
+    revision: str = ""
+    """Hub models only: the commit, tag or branch to load."""
+    device: str = "cpu"
+    """``cpu``, ``cuda``, ``cuda:1``, ..."""
+
+
+class PartitionConfig(BaseModel):
+    """How rows become clients."""
+
+    model_config = _STRICT
+
+    by: Literal["column", "iid", "dirichlet", "size"] = "column"
+    column: str = "client"
+    """``column``: the column whose value names the client."""
+    clients: int = Field(default=0, ge=0)
+    """How many. With ``column``: at most so many, largest first; 0 is all of them."""
+    alpha: float = Field(default=0.5, gt=0.0, le=1e6)
+    """``dirichlet``: concentration over labels, smaller is more skewed."""
+    skew: Literal["linear", "square", "exponential"] = "square"
+    """``size``: how client sizes grow."""
+    min_rows: Positive = 2
+    """Clients with fewer rows are left out, and reported."""
+
+    @model_validator(mode="after")
+    def _needs_clients(self) -> PartitionConfig:
+        if self.by != "column" and self.clients == 0:
+            raise ValueError(f"by='{self.by}' needs clients=N with N of at least 1")
+        return self
+
+
+class DataConfig(BaseModel):
+    """Where the text is and how a row becomes an example."""
+
+    model_config = _STRICT
+
+    source: str = "fedtune:stdlib"
+    """``fedtune:stdlib``, a file, a folder of a saved data set, or ``hub:NAME[:CONFIG]``."""
+    format: Literal["auto", "jsonl", "csv", "parquet", "text", "datasets"] = "auto"
+    split: str = "train"
+    """Data sets only: which split."""
+    kind: Literal["text", "instruction", "classification"] = "text"
+    text: str = "text"
+    """``text`` and ``classification``: the column that holds the text."""
+    prompt: str = ""
+    """``instruction``: template such as ``"Question: {question}\\nAnswer:"``."""
+    completion: str = ""
+    """``instruction``: template such as ``" {answer}"``; the loss is on this part only."""
+    label: str = "label"
+    """``classification``: the column that holds the label."""
+    labels: tuple[str, ...] = ()
+    """``classification``: the label set, in class order. Empty: found in the data, sorted."""
+    separator: str = "\n"
+    """Plain text only: what stands between two rows; empty: the whole file is one row."""
+    pattern: str = ""
+    """Plain text only: a regular expression whose named groups become columns."""
+    encoding: str = "utf-8"
+    eval: str = ""
+    """A held-out file for the whole federation, read like ``source``. Empty: none."""
+    holdout: Fraction = 0.1
+    """Share of each client's rows kept for evaluation."""
+    max_length: int = Field(default=128, ge=8)
+    """Tokens per example; longer rows are cut (``text`` with ``pack``: wrapped)."""
+    pack: bool = True
+    """``text`` only: join a client's rows into full blocks of ``max_length`` tokens."""
+    max_rows: int = Field(default=0, ge=0)
+    """At most so many rows per client; 0 is all of them."""
+    partition: PartitionConfig = PartitionConfig()
+
+    @model_validator(mode="after")
+    def _templates(self) -> DataConfig:
+        if self.kind == "instruction" and not (self.prompt and self.completion):
+            raise ValueError("kind='instruction' needs both prompt and completion templates")
+        if self.kind != "instruction" and (self.prompt or self.completion):
+            raise ValueError(f"prompt and completion belong to kind='instruction', not '{self.kind}'")
+        return self
+
+
+class TuningConfig(BaseModel):
+    """What is tuned (the adapter) and how (the method)."""
+
+    model_config = _STRICT
+
+    adapter: str = "lora"
+    """``lora``, ``lora-frozen-a``, ``prompt``, ``prefix``, ``p-tuning-v2``, ``ia3``,
+    ``layernorm``, ``bias``, or the name of any other method of the installed peft."""
+    rank: Positive = 8
+    """LoRA family: rank of the update."""
+    alpha: float = Field(default=16.0, gt=0.0)
+    """LoRA family: the update is scaled by ``alpha / rank``."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    targets: tuple[str, ...] = ("all-linear",)
+    """Module names to adapt; ``all-linear`` is every linear layer but the head."""
+    tokens: Positive = 16
+    """Prompt family: number of virtual tokens."""
+    options: dict[str, Any] = {}
+    """Further arguments of the peft config class, as they are."""
+    method: Literal["backprop"] = "backprop"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(default=1e-3, gt=0.0)
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    momentum: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """``sgd`` only."""
+    max_grad_norm: float = Field(default=0.0, ge=0.0)
+    """Gradient clipping for stability; 0 is off. Not a privacy mechanism."""
+    batch_size: Positive = 8
+    accumulate: Positive = 1
+    """Micro-batches per optimiser step."""
+    epochs: float = Field(default=1.0, gt=0.0)
+    """Passes over the client's data per round; may be a fraction."""
+    steps: int = Field(default=0, ge=0)
+    """Optimiser steps per round; overrides ``epochs`` when not 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate over the rounds of the whole run."""
+    warmup_rounds: int = Field(default=0, ge=0)
+    keep_optimizer: bool = False
+    """Keep each client's optimiser state between its rounds."""
+
+
+class ServerOptimizerConfig(BaseModel):
+    """What the server does with the mean update (Reddi et al. 2021, Algorithm 2)."""
+
+    model_config = _STRICT
+
+    name: Literal["none", "momentum", "adam"] = "none"
+    lr: float = Field(default=1.0, gt=0.0)
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    beta2: float = Field(default=0.99, ge=0.0, lt=1.0)
+    tau: float = Field(default=1e-3, gt=0.0)
+
+
+class FederationConfig(BaseModel):
+    """Rounds, cohorts, and what counts as a round."""
+
+    model_config = _STRICT
+
+    rounds: Positive = 10
+    cohort: float = Field(default=1.0, gt=0.0)
+    """Up to 1: share of the clients each round. Above 1: how many."""
+    quorum: Fraction = 0.5
+    """Share of the cohort that must answer well for the round to count."""
+    deadline: float = Field(default=3600.0, gt=0.0)
+    """Seconds the server waits for a round."""
+    retries: int = Field(default=2, ge=0)
+    """How often a round below quorum is tried again with a new cohort."""
+    weighting: Literal["examples", "uniform"] = "examples"
+    aggregation: Literal["mean", "fedex"] = "mean"
+    """``mean``: factors averaged, error logged. ``fedex``: exact, with a residual."""
+    residual_rank: int = Field(default=0, ge=0)
+    """``fedex``: largest rank of the residual kept; 0 is no limit (always exact)."""
+    server_optimizer: ServerOptimizerConfig = ServerOptimizerConfig()
+
+
+class EvaluationConfig(BaseModel):
+    """When and on whom the tuned model is measured."""
+
+    model_config = _STRICT
+
+    every: Positive = 1
+    """Rounds between evaluations; the first and the last round always count."""
+    clients: int = Field(default=-1, ge=-1)
+    """Clients that evaluate on their held-out rows; -1 is all, 0 is none."""
+    max_examples: int = Field(default=0, ge=0)
+    """At most so many held-out examples each; 0 is all."""
+    batch_size: Positive = 32
+
+
+class EngineConfig(BaseModel):
+    """How a simulated federation runs. Changes speed, never results."""
+
+    model_config = _STRICT
+
+    kind: Literal["local", "ray"] = "local"
+    executor: Literal["processes", "threads"] = "processes"
+    workers: int = Field(default=0, ge=0)
+    """0: one per core."""
+    threads: Positive = 1
+    """Threads of torch in each worker; bits may differ between values."""
+
+
+class OutputConfig(BaseModel):
+    """What a run leaves behind."""
+
+    model_config = _STRICT
+
+    folder: str = "runs"
+    checkpoint_every: Positive = 1
+    keep_checkpoints: Positive = 2
+    loggers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
+
+
+class Config(BaseModel):
+    """One experiment. The same file runs in simulation and for real."""
+
+    model_config = _STRICT
+
+    schema_version: int = Field(default=SCHEMA, alias="schema")
+    name: str = Field(default="fedtune", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    tuning: TuningConfig = TuningConfig()
+    federation: FederationConfig = FederationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    engine: EngineConfig = EngineConfig()
+    output: OutputConfig = OutputConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        wants = "classification" if self.data.kind == "classification" else "causal-lm"
+        if self.model.task != wants:
+            raise ValueError(
+                f"data.kind='{self.data.kind}' needs model.task='{wants}', not '{self.model.task}'"
+            )
+        if self.federation.aggregation == "fedex":
+            plain = self.federation.server_optimizer
+            if self.tuning.adapter != "lora" or plain.name != "none" or plain.lr != 1.0:
+                raise ValueError(
+                    "federation.aggregation='fedex' is exact for tuning.adapter='lora' with no "
+                    "server optimizer; other adapters average exactly or not at all"
+                )
+        return self

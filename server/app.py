@@ -1,0 +1,91 @@
+"""The server as a Flower ``ServerApp``; any engine or SuperLink can drive it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedtune.config import Config
+from fedtune.errors import FedtuneError
+from fedtune.server.events import Watcher
+from fedtune.server.link import GridLink
+from fedtune.server.picture import draw
+from fedtune.server.result import save_result
+from fedtune.server.rounds import run_rounds
+from fedtune.server.run_folder import RunFolder
+from fedtune.server.tuned import load_tuned
+
+__all__ = ["Outcome", "make_server_app"]
+
+
+@dataclass
+class Outcome:
+    """Where a ``ServerApp``, which returns nothing, leaves its failure or success."""
+
+    finished: bool = False
+    error: BaseException | None = None
+
+    def check(self) -> None:
+        """Raise what the server raised."""
+        if self.error is not None:
+            raise self.error
+
+
+def make_server_app(
+    config: Config, labels: tuple[str, ...], folder: RunFolder, watch: Watcher, outcome: Outcome
+) -> ServerApp:
+    """Return the ``ServerApp`` of one run.
+
+    Parameters
+    ----------
+    labels : tuple of str
+        Classification: the classes, in order.
+    folder : RunFolder
+        Holds the committed rounds; a run goes on from there.
+    watch : callable
+        Hears every event of the run.
+    outcome : Outcome
+        Is told how it ended: engines may run this in a thread of theirs.
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        try:
+            _run(grid, config, labels, folder, watch)
+            outcome.finished = True
+        except BaseException as error:
+            outcome.error = error
+            status = "failed" if isinstance(error, FedtuneError) else "stopped"
+            folder.update_status(status=status, reason=str(error) or type(error).__name__)
+
+    return app
+
+
+def _run(
+    grid: Grid, config: Config, labels: tuple[str, ...], folder: RunFolder, watch: Watcher
+) -> None:
+    folder.update_status(status="running", reason="")
+    tuned = load_tuned(config, labels)
+    link = GridLink(grid)
+    state = run_rounds(link, tuned, folder, watch)
+    difference = save_result(tuned, state, folder, clients=len(link.nodes()))
+    draw(folder)
+    folder.update_status(
+        status="finished",
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        adapter_difference=difference,
+        result=_result(folder),
+    )
+
+
+def _result(folder: RunFolder) -> dict[str, Any]:
+    """Return the last row, with the first one's scores beside it."""
+    rows = folder.metrics()
+    kept = ("loss", "perplexity", "accuracy", "macro_f1")
+    before = {f"base_{key}": rows[0][key] for key in kept if key in rows[0]}
+    return {**before, **rows[-1]}

@@ -1,0 +1,92 @@
+"""The server's state after a round, as one safetensors file."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors.numpy import save
+
+from fedtune.adapters import Tensors
+from fedtune.errors import ExitCode, FedtuneError
+from fedtune.files import read_tensors, write_atomic
+from fedtune.residual import Residual, join, split
+from fedtune.server.optimizer import Moments
+from fedtune.server.run_folder import RunFolder
+
+__all__ = ["State", "latest", "store"]
+
+
+@dataclass(frozen=True)
+class State:
+    """All that the next round depends on, besides the settings.
+
+    Attributes
+    ----------
+    round : int
+        Last finished round; 0 is the fresh adapter.
+    fingerprint : str
+        Of the frozen weights that the adapter belongs to.
+    """
+
+    round: int
+    adapter: Tensors
+    fingerprint: str
+    residual: Residual = field(default_factory=dict)
+    moments: Moments = field(default_factory=Moments)
+
+    def tensors(self) -> Tensors:
+        """Return what is sent to clients."""
+        return join(self.adapter, self.residual)
+
+
+def store(folder: RunFolder, state: State, keep: int) -> None:
+    """Commit a round: after this returns, a crash cannot lose it."""
+    parts = {
+        "model": state.tensors(),
+        "first": state.moments.first,
+        "second": state.moments.second,
+    }
+    flat = {f"{part}:{name}": v for part, tensors in parts.items() for name, v in tensors.items()}
+    note = {"round": str(state.round), "fingerprint": state.fingerprint}
+    write_atomic(folder.checkpoints / f"round-{state.round:06d}.safetensors", save(flat, note))
+    for old in _rounds(folder)[:-keep]:
+        _path(folder, old).unlink(missing_ok=True)
+
+
+def latest(folder: RunFolder, fingerprint: str) -> State | None:
+    """Return the newest committed state, or None before the first.
+
+    Raises
+    ------
+    FedtuneError
+        The checkpoint belongs to other base weights.
+    """
+    rounds = _rounds(folder)
+    if not rounds:
+        return None
+    flat, note = read_tensors(_path(folder, rounds[-1]))
+    if note.get("fingerprint") != fingerprint:
+        raise FedtuneError(
+            f"'{folder.path}' was tuned on another base model "
+            f"({note.get('fingerprint', '?')[:12]}, here {fingerprint[:12]})",
+            hint="resume with the same model files and library versions",
+            code=ExitCode.RESUME_REFUSED,
+        )
+    parts: dict[str, Tensors] = {"model": {}, "first": {}, "second": {}}
+    for name, value in flat.items():
+        part, _, rest = name.partition(":")
+        parts[part][rest] = value
+    adapter, residual = split(parts["model"])
+    moments = Moments(parts["first"], parts["second"])
+    return State(int(note["round"]), adapter, fingerprint, residual, moments)
+
+
+def _path(folder: RunFolder, number: int) -> Path:
+    return folder.checkpoints / f"round-{number:06d}.safetensors"
+
+
+def _rounds(folder: RunFolder) -> list[int]:
+    names = (re.fullmatch(r"round-(\d+)\.safetensors", p.name) for p in folder.checkpoints.glob("*"))
+    return sorted(int(match.group(1)) for match in names if match)

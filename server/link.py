@@ -1,0 +1,94 @@
+"""The server's only contact with Flower: asking nodes and hearing their answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedtune.errors import FedtuneError
+from fedtune.wire import Evaluation, Hello, Task, Update, from_record, size_of, to_record
+
+__all__ = ["Answer", "GridLink", "Link"]
+
+_Reply = TypeVar("_Reply", Hello, Update, Evaluation)
+_POLL_SECONDS = 0.02
+_KINDS: dict[type, str] = {Hello: "query.hello", Update: "train", Evaluation: "evaluate"}
+
+
+@dataclass(frozen=True)
+class Answer(Generic[_Reply]):
+    """What came back from one node: a checked record, or the reason why there is none."""
+
+    node: int
+    value: _Reply | None
+    problem: str
+    bytes_up: int
+
+
+class Link(Protocol):
+    """How the round loop reaches clients."""
+
+    def nodes(self) -> list[int]:
+        """Return the ids of the nodes that are there."""
+        ...
+
+    def ask(
+        self, reply: type[_Reply], nodes: Iterable[int], task: Task | None, seconds: float
+    ) -> tuple[int, Iterator[Answer[_Reply]]]:
+        """Send one task to many nodes; return its bytes per node, and the answers as they come.
+
+        The iterator ends when all have answered or ``seconds`` are over.
+        """
+        ...
+
+
+class GridLink:
+    """``Link`` over a Flower ``Grid``, whatever engine is behind it."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def nodes(self) -> list[int]:
+        """Return the ids of the nodes that are there."""
+        return sorted(self._grid.get_node_ids())
+
+    def ask(
+        self, reply: type[_Reply], nodes: Iterable[int], task: Task | None, seconds: float
+    ) -> tuple[int, Iterator[Answer[_Reply]]]:
+        """Send one task to many nodes; see ``Link``."""
+        content = to_record(task) if task is not None else RecordDict()
+        group = f"{task.round}.{task.attempt}" if task is not None else ""
+        messages = [
+            Message(content, node, _KINDS[reply], ttl=seconds, group_id=group) for node in nodes
+        ]
+        bytes_down = size_of(messages[0]) if messages else 0
+        deadline = time.monotonic() + seconds
+        waiting = set(self._grid.push_messages(messages))
+        return bytes_down, self._answers(reply, waiting, deadline)
+
+    def _answers(
+        self, reply: type[_Reply], waiting: set[str], deadline: float
+    ) -> Iterator[Answer[_Reply]]:
+        while waiting and time.monotonic() < deadline:
+            heard = False
+            for message in self._grid.pull_messages(sorted(waiting)):
+                heard = True
+                waiting.discard(message.metadata.reply_to_message_id)
+                yield _read(reply, message)
+            if not heard:
+                time.sleep(_POLL_SECONDS)
+
+
+def _read(reply: type[_Reply], message: Message) -> Answer[_Reply]:
+    node, size = message.metadata.src_node_id, size_of(message)
+    if message.has_error():
+        return Answer(node, None, message.error.reason or f"error {message.error.code}", size)
+    try:
+        return Answer(node, from_record(reply, message.content), "", size)
+    except FedtuneError as error:
+        return Answer(node, None, str(error), size)

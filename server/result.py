@@ -1,0 +1,185 @@
+"""What a run leaves: an adapter that plain peft loads, its card, and the proof that it does."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import Environment
+from torch import nn
+
+from fedtune.adapters import Tensors, trainable
+from fedtune.errors import ExitCode, FedtuneError
+from fedtune.files import storage, write_atomic, write_json
+from fedtune.models import share
+from fedtune.residual import Residual
+from fedtune.server.checkpoint import State
+from fedtune.server.run_folder import RunFolder
+from fedtune.server.tuned import Tuned
+
+__all__ = ["save_result", "verify_adapter"]
+
+_PROBE = "Federated tuning keeps the text where it is; def main() -> None: return 42"
+_TOLERANCE = 2e-3
+_SHOWN = (
+    ("loss", "loss (nats)"), ("perplexity", "perplexity"), ("accuracy", "accuracy"),
+    ("macro_f1", "macro-F1"), ("client_worst", "worst client"),
+)  # fmt: skip
+
+
+def save_result(tuned: Tuned, state: State, folder: RunFolder, clients: int) -> float:
+    """Write ``adapter/`` and check that plain peft gives the run's own outputs with it.
+
+    Returns
+    -------
+    float
+        Largest difference of the logits, relative to their largest magnitude.
+
+    Raises
+    ------
+    FedtuneError
+        ``ExitCode.ADAPTER_MISMATCH`` when the saved adapter behaves differently.
+    """
+    fresh = folder.path / ".adapter"
+    shutil.rmtree(fresh, ignore_errors=True)
+    model = tuned.put(state)
+    saved = merged(tuned, state) if state.residual else model
+    with storage(fresh), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        saved.peft_config["default"].base_model_name_or_path = tuned.config.model.base  # type: ignore[index]
+        saved.save_pretrained(str(fresh))  # type: ignore[operator]
+    write_atomic(fresh / "README.md", _card(tuned, folder, clients, saved).encode())
+    write_json(
+        fresh / "privacy.json",
+        {
+            "schema": 1,
+            "differential_privacy": False,
+            "statement": "Trained without differential privacy. No bound on what it reveals.",
+        },
+    )
+    difference = verify_adapter(tuned, state, fresh)
+    with storage(folder.adapter):
+        shutil.rmtree(folder.adapter, ignore_errors=True)
+        fresh.rename(folder.adapter)
+    return difference
+
+
+def verify_adapter(tuned: Tuned, state: State, path: Path) -> float:
+    """Load an adapter folder with plain peft and compare its logits with the run's.
+
+    Parameters
+    ----------
+    path : Path
+        Folder in PEFT format.
+
+    Returns
+    -------
+    float
+        Largest difference, relative to the largest magnitude.
+    """
+    from peft import PeftModel
+
+    inputs = tuned.base.tokenizer([_PROBE, _PROBE[:20]], padding=True, return_tensors="pt")
+    device = next(tuned.model.parameters()).device
+    given = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = PeftModel.from_pretrained(share(tuned.base.model), str(path)).eval()
+        theirs = loaded(**given).logits.float()
+        ours = tuned.put(state)(**given).logits.float()
+    keep = given["attention_mask"].bool() if ours.dim() == 3 else ...
+    if ours.dim() == 3:
+        length = given["attention_mask"].shape[1]
+        theirs, ours = theirs[:, -length:][keep], ours[:, -length:][keep]
+    difference = float((theirs - ours).abs().max() / ours.abs().max().clamp(min=1e-9))
+    if not difference <= _TOLERANCE:
+        raise FedtuneError(
+            f"the saved adapter '{path}' does not behave like the run: "
+            f"logits differ by {difference:.2%}",
+            hint="report this; the run's checkpoints are intact",
+            code=ExitCode.ADAPTER_MISMATCH,
+        )
+    return difference
+
+
+def merged(tuned: Tuned, state: State) -> nn.Module:
+    """Return one plain LoRA that holds both the averaged factors and the residual.
+
+    Per layer ``A' = [A; V]`` and ``B' = [s B, U]`` with scale 1, so its rank is
+    the sum of the two.
+    """
+    from peft import get_peft_model
+
+    ranks: dict[str, int] = {}
+    tensors: Tensors = dict(state.adapter)
+    for pair in tuned.pairs:
+        u, v = _factors(state.residual, pair.layer)
+        tensors[pair.a] = np.vstack([state.adapter[pair.a], v])
+        tensors[pair.b] = np.hstack([np.float32(pair.scale) * state.adapter[pair.b], u])
+        ranks[pair.layer.removeprefix("base_model.model.")] = tensors[pair.a].shape[0]
+    settings = copy.deepcopy(tuned.model.peft_config["default"])  # type: ignore[index]
+    settings.r = settings.lora_alpha = max(ranks.values())
+    settings.use_rslora = False
+    settings.rank_pattern = dict(ranks)
+    settings.alpha_pattern = dict(ranks)
+    model: Any = get_peft_model(share(tuned.base.model), settings)
+    with torch.no_grad():
+        for name, parameter in trainable(model).items():
+            parameter.copy_(torch.tensor(tensors[name]))
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _factors(residual: Residual, layer: str) -> tuple[Any, Any]:
+    return residual[layer]
+
+
+def _card(tuned: Tuned, folder: RunFolder, clients: int, saved: nn.Module) -> str:
+    rows = folder.metrics()
+    template = (files("fedtune") / "assets" / "templates" / "adapter_card.md.j2").read_text()
+    config = tuned.config
+    first, last = rows[0], rows[-1]
+    return Environment(autoescape=False, keep_trailing_newline=True).from_string(template).render(
+        name=config.name, base=config.model.base, adapter=config.tuning.adapter,
+        method=f"{config.tuning.method} ({config.tuning.optimizer})", seed=config.seed,
+        parameters=sum(p.numel() for p in trainable(saved).values()), version=version("fedtune"),
+        clients=clients, rounds=last["round"], aggregation=config.federation.aggregation,
+        bytes=sum(row.get("bytes_down", 0) + row.get("bytes_up", 0) for row in rows),
+        figures=[(label, _figure(first, key), _figure(last, key)) for key, label in _SHOWN
+                 if key in last],
+        snippet=_snippet(tuned),
+    )  # fmt: skip
+
+
+def _figure(row: Mapping[str, Any], key: str) -> str:
+    return f"{row[key]:.4g}" if key in row else "-"
+
+
+def _snippet(tuned: Tuned) -> str:
+    """Return code that loads base and adapter; embedded models are found by fedtune."""
+    model = tuned.config.model
+    folder = json.dumps(model.base)
+    lines = ["from peft import PeftModel"]
+    if model.base.startswith("fedtune:") or model.task == "classification":
+        lines += [
+            "from fedtune.config import ModelConfig",
+            "from fedtune.models import load_base",
+            f"base = load_base(ModelConfig(base={folder}, task={json.dumps(model.task)}, "
+            f"pooling={json.dumps(model.pooling)}), labels={tuned.labels!r})",
+            'model = PeftModel.from_pretrained(base.model, "adapter")',
+        ]
+    else:
+        lines += [
+            "from transformers import AutoModelForCausalLM",
+            f"base = AutoModelForCausalLM.from_pretrained({folder})",
+            'model = PeftModel.from_pretrained(base, "adapter")',
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,308 @@
+"""The round loop: cohort, broadcast, collect, check, aggregate, apply, evaluate, commit."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from fedtune.config import Config, TuningConfig
+from fedtune.errors import ExitCode, FedtuneError
+from fedtune.measure import Counts, add, scores
+from fedtune.resources import memory_mb
+from fedtune.seeds import derive
+from fedtune.server.aggregate import Cohort, exact_residual
+from fedtune.server.check import problem_of
+from fedtune.server.checkpoint import State, latest, store
+from fedtune.server.events import ClientDone, Outcome, RoundDone, RoundStarted, Watcher
+from fedtune.server.link import Answer, Link
+from fedtune.server.optimizer import step
+from fedtune.server.run_folder import RunFolder
+from fedtune.server.tuned import Tuned
+from fedtune.wire import Evaluation, Hello, Task, Update
+
+__all__ = ["Member", "cohort_of", "gather", "learning_rate", "run_rounds"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A client of the federation and the node that speaks for it."""
+
+    client: str
+    node: int
+    rows: int
+
+
+@dataclass
+class Round:
+    """What one attempt at a round collected, before it counts."""
+
+    cohort: Cohort
+    row: dict[str, Any]
+    clients: list[dict[str, Any]] = field(default_factory=list)
+    losses: list[tuple[int, float]] = field(default_factory=list)
+
+    def problems(self) -> str:
+        """Return why clients did not count, each reason once."""
+        reasons = {entry["reason"]: entry for entry in self.clients if entry["reason"]}
+        return "; ".join(f"{e['client']}: {reason}" for reason, e in list(reasons.items())[:3])
+
+
+def run_rounds(link: Link, tuned: Tuned, folder: RunFolder, watch: Watcher) -> State:
+    """Run the federation from its last committed round to its end.
+
+    Parameters
+    ----------
+    link : Link
+    tuned : Tuned
+    folder : RunFolder
+        New, or that of a run to go on with.
+    watch : callable
+        Hears every event; it must not change anything.
+
+    Raises
+    ------
+    FedtuneError
+        No client, another base model at a client, or too few answers
+        (``ExitCode.QUORUM``). Committed rounds are kept.
+    """
+    config = tuned.config
+    members = gather(link, tuned)
+    state = latest(folder, tuned.fingerprint)
+    folder.forget_after(state.round if state else -1)
+    if state is None:
+        state = tuned.start()
+        row = {"round": 0, "memory_mb": memory_mb()} | _evaluated(link, tuned, state, members)
+        _commit(folder, config, state, row, [], watch)
+    while state.round < config.federation.rounds:
+        started = time.monotonic()
+        state, done = _one_round(link, tuned, state, members, watch)
+        row = done.row
+        if _is_due(state.round, config):
+            row |= _evaluated(link, tuned, state, members)
+        row |= {"seconds": round(time.monotonic() - started, 3), "memory_mb": memory_mb()}
+        _commit(folder, config, state, row, done.clients, watch)
+    return state
+
+
+def gather(link: Link, tuned: Tuned) -> tuple[Member, ...]:
+    """Ask every node who it is; return members sorted by client name."""
+    deadline = tuned.config.federation.deadline
+    _, answers = link.ask(Hello, link.nodes(), None, deadline)
+    members, problems = [], []
+    for answer in answers:
+        hello = answer.value
+        if hello is None:
+            problems.append(answer.problem)
+        elif hello.fingerprint != tuned.fingerprint:
+            problems.append(f"client '{hello.client}' holds another base model")
+        else:
+            members.append(Member(hello.client, answer.node, hello.rows))
+    if not members:
+        raise FedtuneError(
+            f"no client can take part: {problems[0] if problems else 'no node answered'}",
+            hint="check data and model at the clients",
+            code=ExitCode.QUORUM,
+        )
+    return tuple(sorted(members, key=lambda member: member.client))
+
+
+def cohort_of(members: tuple[Member, ...], config: Config, number: int, attempt: int) -> list[Member]:
+    """Draw a round's cohort without replacement; the same seed draws the same."""
+    share = config.federation.cohort
+    wanted = round(share * len(members)) if share <= 1 else round(share)
+    size = min(max(1, wanted), len(members))
+    if size == len(members):
+        return list(members)
+    rng = np.random.default_rng(derive(config.seed, "cohort", number, attempt))
+    drawn = rng.choice(len(members), size=size, replace=False)
+    return [members[i] for i in sorted(drawn)]
+
+
+def learning_rate(tuning: TuningConfig, number: int, rounds: int) -> float:
+    """Return the clients' learning rate in round ``number`` of ``rounds``.
+
+    Examples
+    --------
+    >>> [learning_rate(TuningConfig(lr=1.0, schedule="linear"), n, 4) for n in (1, 2, 4)]
+    [1.0, 0.75, 0.25]
+    """
+    warm = tuning.warmup_rounds
+    if number <= warm:
+        return tuning.lr * number / (warm + 1)
+    done = (number - warm - 1) / max(1, rounds - warm)
+    shape: dict[str, Callable[[float], float]] = {
+        "constant": lambda _: 1.0,
+        "linear": lambda x: 1.0 - x,
+        "cosine": lambda x: 0.5 * (1.0 + math.cos(math.pi * x)),
+    }
+    return tuning.lr * shape[tuning.schedule](done)
+
+
+def _one_round(
+    link: Link, tuned: Tuned, state: State, members: tuple[Member, ...], watch: Watcher
+) -> tuple[State, Round]:
+    """Try a round until enough clients answer well."""
+    federation = tuned.config.federation
+    for attempt in range(federation.retries + 1):
+        chosen = cohort_of(members, tuned.config, state.round + 1, attempt)
+        done = _attempt(link, tuned, state, chosen, attempt, watch)
+        needed = max(1, math.ceil(federation.quorum * len(chosen)))
+        if done.cohort.count >= needed:
+            return _apply(tuned, state, done), done
+    raise FedtuneError(
+        f"round {state.round + 1}: {done.cohort.count} of {len(chosen)} clients answered well, "
+        f"{needed} are needed ({done.problems()})",
+        hint="mend the clients, or lower federation.quorum; the rounds before are kept, "
+        "go on with --resume",
+        code=ExitCode.QUORUM,
+    )
+
+
+def _attempt(
+    link: Link, tuned: Tuned, state: State, chosen: list[Member], attempt: int, watch: Watcher
+) -> Round:
+    config, number = tuned.config, state.round + 1
+    lr = learning_rate(config.tuning, number, config.federation.rounds)
+    every = config.output.checkpoint_every
+    task = Task(number, attempt, state.round - state.round % every, lr, state.tensors())
+    watch(RoundStarted(number, attempt, len(chosen)))
+    started = time.monotonic()
+    size, answers = link.ask(
+        Update, [m.node for m in chosen], task, config.federation.deadline
+    )
+    row = {"round": number, "attempt": attempt, "lr": lr, "bytes_down": size * len(chosen)}
+    done = Round(Cohort(state.adapter, tuned.pairs), row)
+    for member, answer in _in_order(chosen, answers):
+        outcome, reason = _take(done, answer, task, state, config)
+        done.clients.append(
+            {
+                "round": number, "client": member.client, "outcome": outcome, "reason": reason,
+                "bytes_down": size, "bytes_up": answer.bytes_up if answer else 0,
+                "seconds": round(time.monotonic() - started, 3),
+            } | _facts(answer)
+        )  # fmt: skip
+        up = answer.bytes_up if answer else 0
+        watch(ClientDone(number, member.client, outcome, reason, up))
+    outcomes = [entry["outcome"] for entry in done.clients]
+    row |= {f"clients_{kind}": outcomes.count(kind) for kind in ("ok", "late", "failed", "dropped")}
+    row["bytes_up"] = sum(entry["bytes_up"] for entry in done.clients)
+    return done
+
+
+def _in_order(
+    chosen: list[Member], answers: Iterator[Answer[Update]]
+) -> Iterator[tuple[Member, Answer[Update] | None]]:
+    """Yield answers in the order of the clients, as early as that order allows."""
+    place = {member.node: i for i, member in enumerate(chosen)}
+    early: dict[int, Answer[Update]] = {}
+    head = 0
+    for answer in answers:
+        early[place[answer.node]] = answer
+        while head in early:
+            yield chosen[head], early.pop(head)
+            head += 1
+    for position in range(head, len(chosen)):
+        yield chosen[position], early.pop(position, None)
+
+
+def _take(
+    done: Round, answer: Answer[Update] | None, task: Task, state: State, config: Config
+) -> tuple[Outcome, str]:
+    """Add one answer to the round if it may count; say what became of it."""
+    if answer is None:
+        return "late", f"no answer within {config.federation.deadline:g} s"
+    if answer.value is None:
+        return "failed", answer.problem
+    if reason := problem_of(answer.value, task, state.adapter):
+        return "dropped", reason
+    weight = answer.value.examples if config.federation.weighting == "examples" else 1
+    done.cohort.add(float(weight), answer.value.tensors)
+    done.losses.append((weight, answer.value.loss))
+    return "ok", ""
+
+
+def _facts(answer: Answer[Update] | None) -> dict[str, Any]:
+    if answer is None or answer.value is None:
+        return {}
+    names = ("examples", "steps", "truncated", "loss")
+    return {name: getattr(answer.value, name) for name in names}
+
+
+def _apply(tuned: Tuned, state: State, done: Round) -> State:
+    """Turn the cohort's mean into the next state, and note how exact it is."""
+    settings = tuned.config.federation
+    mean = done.cohort.mean()
+    adapter, moments = step(settings.server_optimizer, state.adapter, mean, state.moments)
+    total = sum(weight for weight, _ in done.losses)
+    done.row["train_loss"] = sum(weight * loss for weight, loss in done.losses) / total
+    squares = sum(float(np.square(v, dtype=np.float64).sum()) for v in mean.values())
+    done.row["update_norm"] = math.sqrt(squares)
+    averaged = {name: state.adapter[name] + mean[name] for name in mean}
+    if tuned.pairs:
+        done.row["aggregation_error"] = done.cohort.relative_error(averaged)
+    residual = state.residual
+    if settings.aggregation == "fedex":
+        missing = done.cohort.missing(averaged)
+        residual, lost = exact_residual(residual, missing, settings.residual_rank)
+        done.row["residual_lost"] = lost
+    return replace(
+        state, round=state.round + 1, adapter=adapter, residual=residual, moments=moments
+    )
+
+
+def _is_due(number: int, config: Config) -> bool:
+    return number % config.evaluation.every == 0 or number == config.federation.rounds
+
+
+def _evaluated(
+    link: Link, tuned: Tuned, state: State, members: tuple[Member, ...]
+) -> dict[str, Any]:
+    """Measure a state: on the federation's held-out file, and on each client's own rows."""
+    config = tuned.config
+    limit = config.evaluation.clients
+    asked = list(members) if limit < 0 else list(members[:limit])
+    found: dict[str, Any] = {}
+    parts: dict[str, Counts] = {}
+    if asked:
+        task = Task(state.round, 0, state.round, 0.0, state.tensors())
+        nodes = {member.node: member.client for member in asked}
+        size, answers = link.ask(Evaluation, nodes, task, config.federation.deadline)
+        found["bytes_evaluation"] = size * len(asked)
+        for answer in answers:
+            found["bytes_evaluation"] += answer.bytes_up
+            if answer.value is not None and answer.value.units > 0:
+                parts[nodes[answer.node]] = answer.value.counts()
+        found["clients_evaluated"] = len(parts)
+        found |= _spread([scores(parts[name]) for name in sorted(parts)], config)
+    whole = tuned.evaluate(state) or add(parts[name] for name in sorted(parts))
+    return found | scores(whole)
+
+
+def _spread(each: list[dict[str, float]], config: Config) -> dict[str, float]:
+    """Return mean, worst and the tenth from the bad end of the clients' main score."""
+    if not each:
+        return {}
+    better_is_more = config.model.task == "classification"
+    values = np.array([one["accuracy" if better_is_more else "loss"] for one in each])
+    return {
+        "client_mean": float(values.mean()),
+        "client_worst": float(values.min() if better_is_more else values.max()),
+        "client_p10": float(np.percentile(values, 10 if better_is_more else 90)),
+    }
+
+
+def _commit(
+    folder: RunFolder, config: Config, state: State, row: dict[str, Any],
+    clients: list[dict[str, Any]], watch: Watcher,
+) -> None:  # fmt: skip
+    """Record first, then checkpoint: a crash between the two loses neither."""
+    folder.append(row, clients)
+    due = state.round % config.output.checkpoint_every == 0
+    if due or state.round == config.federation.rounds:
+        store(folder, state, config.output.keep_checkpoints)
+    watch(RoundDone(state.round, row))

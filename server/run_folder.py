@@ -1,0 +1,218 @@
+"""The folder of one run: everything it was, did and left, safe against a crash.
+
+    RUN/config.toml      effective settings
+    RUN/run.json         status, versions, result
+    RUN/metrics.jsonl    one line per round      RUN/metrics.csv   the same
+    RUN/clients.jsonl    one line per client and round
+    RUN/checkpoints/     round-000007.safetensors, ...
+    RUN/adapter/         the result, in PEFT format
+    RUN/loss.png         the picture
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import fcntl
+import io
+import json
+import os
+import platform
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fedtune.config import Config
+from fedtune.configfile import difference, dumps, parse
+from fedtune.errors import ExitCode, FedtuneError
+from fedtune.files import storage, write_atomic, write_json
+
+__all__ = ["METRICS", "RunFolder", "create", "find", "list_runs", "reopen"]
+
+METRICS = (
+    "round", "attempt", "lr", "clients_ok", "clients_late", "clients_failed", "clients_dropped",
+    "bytes_down", "bytes_up", "bytes_evaluation", "train_loss", "update_norm",
+    "aggregation_error", "residual_lost", "loss", "perplexity", "accuracy", "macro_f1",
+    "client_mean", "client_worst", "client_p10", "clients_evaluated", "seconds", "memory_mb",
+)  # fmt: skip
+"""Columns of ``metrics.csv``; explained in docs/run-folder.md."""
+
+_PACKAGES = ("fedtune", "flwr", "torch", "transformers", "peft", "numpy", "safetensors")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and records of one run."""
+
+    path: Path
+
+    @property
+    def adapter(self) -> Path:
+        """The result."""
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """State after each round."""
+        return self.path / "checkpoints"
+
+    @property
+    def clients(self) -> Path:
+        """What simulated clients keep for themselves between rounds."""
+        return self.path / "clients"
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep this run to one process; the lock ends with the process, however it ends."""
+        with storage(self.path):
+            file = (self.path / ".lock").open("w")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise FedtuneError(
+                    f"run '{self.path}' is being worked on by another process",
+                    hint="wait for it, or stop it",
+                    code=ExitCode.RUN_FOLDER,
+                ) from error
+            yield
+
+    def config(self) -> Config:
+        """Read the settings the run was started with."""
+        file = self.path / "config.toml"
+        if not file.is_file():
+            raise FedtuneError(
+                f"'{self.path}' is no run folder: it has no config.toml",
+                hint="see: fedtune runs list",
+                code=ExitCode.RUN_FOLDER,
+            )
+        return parse(tomllib.loads(file.read_text(encoding="utf-8")))
+
+    def status(self) -> dict[str, Any]:
+        """Read ``run.json``."""
+        file = self.path / "run.json"
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+    def update_status(self, **changes: Any) -> None:
+        """Change some keys of ``run.json``."""
+        write_json(self.path / "run.json", self.status() | changes)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Read one mapping per recorded round, oldest first."""
+        return _read_lines(self.path / "metrics.jsonl")
+
+    def append(self, row: Mapping[str, Any], clients: Iterable[Mapping[str, Any]]) -> None:
+        """Record one round, before its checkpoint makes it count."""
+        _append_lines(self.path / "clients.jsonl", clients)
+        _append_lines(self.path / "metrics.jsonl", [row])
+        with storage(self.path / "metrics.csv"), (self.path / "metrics.csv").open("a") as file:
+            file.write(_csv_row(row))
+
+    def forget_after(self, last: int) -> None:
+        """Drop records of rounds after ``last``: their checkpoint never came to be."""
+        kept = [row for row in self.metrics() if row["round"] <= last]
+        clients = [r for r in _read_lines(self.path / "clients.jsonl") if r["round"] <= last]
+        write_atomic(self.path / "metrics.jsonl", _lines(kept))
+        write_atomic(self.path / "clients.jsonl", _lines(clients))
+        table = _csv_row(dict(zip(METRICS, METRICS, strict=True))) + "".join(map(_csv_row, kept))
+        write_atomic(self.path / "metrics.csv", table.encode())
+
+
+def create(config: Config, label: str = "") -> RunFolder:
+    """Make the folder of a new run, named by experiment and time."""
+    stamp = label or datetime.now().strftime("%Y%m%d-%H%M%S")
+    root = Path(config.output.folder).expanduser()
+    path, again = root / f"{config.name}-{stamp}", 1
+    with storage(root):
+        root.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                path.mkdir()
+                break
+            except FileExistsError:
+                again += 1
+                path = root / f"{config.name}-{stamp}-{again}"
+    folder = RunFolder(path)
+    write_atomic(path / "config.toml", dumps(config).encode())
+    write_json(
+        path / "run.json",
+        {
+            "status": "running",
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in _PACKAGES},
+        },
+    )
+    folder.forget_after(-1)
+    return folder
+
+
+def reopen(path: Path, config: Config | None = None) -> RunFolder:
+    """Open a run to go on with it.
+
+    Raises
+    ------
+    FedtuneError
+        ``ExitCode.RESUME_REFUSED`` when ``config`` differs from the run's own in
+        anything but engine and logging, with every difference in the message.
+    """
+    folder = RunFolder(path)
+    own = folder.config()
+    if config is not None:
+        free = {"engine": own.engine, "output": own.output}
+        if changes := difference(own, config.model_copy(update=free)):
+            raise FedtuneError(
+                f"'{path}' was started with other settings: {'; '.join(changes)}",
+                hint="resume with the same file, or start a new run without --resume",
+                code=ExitCode.RESUME_REFUSED,
+            )
+    return folder
+
+
+def list_runs(root: Path) -> list[RunFolder]:
+    """Return the runs under a folder, oldest first."""
+    found = [RunFolder(p.parent) for p in root.glob("*/run.json")]
+    return sorted(found, key=lambda run: str(run.status().get("started", "")))
+
+
+def find(name: str, root: Path) -> RunFolder:
+    """Return a run by path, by name, or ``latest``."""
+    runs = list_runs(root)
+    if name == "latest" and runs:
+        return runs[-1]
+    for path in (Path(name), root / name):
+        if (path / "run.json").is_file():
+            return RunFolder(path)
+    raise FedtuneError(
+        f"no run '{name}' in '{root}'", hint="see: fedtune runs list", code=ExitCode.RUN_FOLDER
+    )
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
+
+
+def _append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with storage(path), path.open("ab") as file:
+        file.write(_lines(rows))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read complete lines; a crash can leave half of a last one, which never counted."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole, _, _ = text.rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines() if line]
+
+
+def _csv_row(row: Mapping[str, Any]) -> str:
+    buffer = io.StringIO()
+    csv.DictWriter(buffer, METRICS, restval="", extrasaction="ignore").writerow(row)
+    return buffer.getvalue()

@@ -1,0 +1,69 @@
+"""The server's own copy of the tuned model: where shapes, checks and the result come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fedtune.adapters import Pair, attach, pairs, read, write
+from fedtune.config import Config
+from fedtune.data import Encoded, encode, load_eval
+from fedtune.measure import Counts, measure
+from fedtune.models import Base, fingerprint, load_base
+from fedtune.residual import set_residual
+from fedtune.server.checkpoint import State
+
+__all__ = ["Tuned", "load_tuned"]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Base and adapter as the server holds them.
+
+    Attributes
+    ----------
+    pairs : tuple of Pair
+        Low-rank products whose averaging error can be known.
+    held_out : Encoded or None
+        The federation's own held-out examples, if the file names any.
+    """
+
+    config: Config
+    base: Base
+    model: nn.Module
+    fingerprint: str
+    pairs: tuple[Pair, ...]
+    labels: tuple[str, ...]
+    held_out: Encoded | None
+
+    def start(self) -> State:
+        """Return the state before the first round: a fresh adapter."""
+        return State(0, read(self.model), self.fingerprint)
+
+    def put(self, state: State) -> nn.Module:
+        """Write a state into the model and return it."""
+        set_residual(self.model, state.residual)
+        write(self.model, state.adapter)
+        return self.model
+
+    def evaluate(self, state: State) -> Counts | None:
+        """Measure a state on the federation's held-out examples, if there are any."""
+        if self.held_out is None:
+            return None
+        return measure(
+            self.put(state), self.held_out, self.config.model.task,
+            batch_size=self.config.evaluation.batch_size, pad_id=self.base.pad_id,
+            labels=len(self.labels),
+        )  # fmt: skip
+
+
+def load_tuned(config: Config, labels: tuple[str, ...]) -> Tuned:
+    """Load the base model and a fresh adapter for an experiment."""
+    torch.set_num_threads(config.engine.threads)
+    base = load_base(config.model, labels, config.seed)
+    model = attach(base, config.tuning, config.model.task, config.seed)
+    rows = load_eval(config.data, labels) if config.data.eval else ()
+    held_out = encode(rows, base.tokenizer, config.data, labels) if rows else None
+    return Tuned(config, base, model, fingerprint(model), pairs(model), labels, held_out)

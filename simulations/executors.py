@@ -1,0 +1,247 @@
+"""Who runs the clients of a local simulation: threads of this process, or worker processes.
+
+Both take Flower messages and give Flower messages back. Worker processes load
+the base model once each and are fed over pipes in Flower's own encoding; a
+broadcast crosses each pipe once, however many clients it is for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+__all__ = ["Executor", "ProcessExecutor", "ThreadExecutor", "context_of"]
+
+_RAISED, _DIED = 2, 8
+Deliver = Callable[[Message, Message], None]
+"""Takes the question and the answer."""
+
+
+class Executor(Protocol):
+    """Runs messages on clients in the background."""
+
+    def start(self, deliver: Deliver) -> None:
+        """Begin; ``deliver`` hears every answer, from any thread."""
+        ...
+
+    def submit(self, message: Message) -> None:
+        """Queue a message for the client it is addressed to."""
+        ...
+
+    def close(self) -> None:
+        """Stop, without waiting for clients that never answer."""
+        ...
+
+
+def context_of(node: int) -> Context:
+    """Return a client's Flower context; node ``i`` holds partition ``i - 1``."""
+    return Context(1, node, {"partition-id": node - 1}, RecordDict(), {})
+
+
+def expired(message: Message) -> bool:
+    """Say whether nobody waits for the answer any more."""
+    return time.time() > message.metadata.created_at + message.metadata.ttl
+
+
+def answer_of(app: ClientApp, message: Message, context: Context) -> Message:
+    """Run the client; what it raises becomes an error reply with its own words."""
+    try:
+        return app(message, context)
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        return Message(Error(code=_RAISED, reason=reason), reply_to=message)
+
+
+@dataclass
+class ThreadExecutor:
+    """Clients in threads of this process; they share everything.
+
+    A client that never answers keeps its thread; a new one takes its place when
+    the message expires.
+    """
+
+    app: ClientApp
+    workers: int
+    _inbox: queue.SimpleQueue[Message | None] = field(default_factory=queue.SimpleQueue)
+    _contexts: dict[int, Context] = field(default_factory=dict)
+    _busy: dict[int, Message] = field(default_factory=dict)
+    _closed: threading.Event = field(default_factory=threading.Event)
+    _deliver: Deliver | None = None
+
+    def start(self, deliver: Deliver) -> None:
+        """Start the threads."""
+        self._deliver = deliver
+        for _ in range(self.workers):
+            self._hire()
+        threading.Thread(target=self._replace_stuck, daemon=True).start()
+
+    def submit(self, message: Message) -> None:
+        """Queue a message."""
+        self._inbox.put(message)
+
+    def close(self) -> None:
+        """Let idle threads end; stuck ones are daemons."""
+        self._closed.set()
+        for _ in range(self.workers):
+            self._inbox.put(None)
+
+    def _hire(self) -> None:
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self) -> None:
+        me = threading.get_ident()
+        while (message := self._inbox.get()) is not None:
+            if expired(message):
+                continue
+            node = message.metadata.dst_node_id
+            context = self._contexts.setdefault(node, context_of(node))
+            self._busy[me] = message
+            answer = answer_of(self.app, message, context)
+            if self._busy.pop(me, None) is None:
+                return
+            self._deliver(message, answer)  # type: ignore[misc]
+
+    def _replace_stuck(self) -> None:
+        while not self._closed.wait(0.2):
+            for thread, message in list(self._busy.items()):
+                if expired(message) and self._busy.pop(thread, None) is not None:
+                    self._hire()
+
+
+@dataclass
+class ProcessExecutor:
+    """Clients in worker processes, each fed by one thread here.
+
+    A worker that dies answers with an error and is replaced; one that does not
+    answer before its message expires is killed and replaced.
+
+    Parameters
+    ----------
+    make_app : callable
+        Called in each worker; must be importable there (a module-level function
+        or a ``functools.partial`` of one).
+    """
+
+    make_app: Callable[[], ClientApp]
+    workers: int
+    _inbox: queue.SimpleQueue[Message | None] = field(default_factory=queue.SimpleQueue)
+    _processes: dict[int, Any] = field(default_factory=dict)
+    _closed: threading.Event = field(default_factory=threading.Event)
+    _deliver: Deliver | None = None
+    _broadcast: tuple[RecordDict, bytes] | None = None
+
+    def start(self, deliver: Deliver) -> None:
+        """Start the workers."""
+        self._deliver = deliver
+        for slot in range(self.workers):
+            threading.Thread(target=self._feed, args=(slot,), daemon=True).start()
+
+    def submit(self, message: Message) -> None:
+        """Queue a message."""
+        self._inbox.put(message)
+
+    def close(self) -> None:
+        """Stop every worker now."""
+        self._closed.set()
+        for _ in range(self.workers):
+            self._inbox.put(None)
+        for process in list(self._processes.values()):
+            process.terminate()
+        for process in list(self._processes.values()):
+            process.join(timeout=2.0)
+            if process.is_alive():
+                process.kill()
+
+    def _spawn(self, slot: int) -> Connection:
+        context = multiprocessing.get_context("spawn")
+        here, there = context.Pipe()
+        process = context.Process(target=_serve, args=(there, self.make_app), daemon=True)
+        process.start()
+        there.close()
+        self._processes[slot] = process
+        return here
+
+    def _feed(self, slot: int) -> None:
+        pipe, sent = self._spawn(slot), b""
+        while (message := self._inbox.get()) is not None:
+            if expired(message):
+                continue
+            try:
+                sent = self._send(pipe, message, sent)
+                answer = self._await(pipe, message)
+            except (EOFError, OSError):
+                code = self._processes[slot].exitcode
+                reason = f"the worker process died (exit code {code})"
+                answer = Message(Error(code=_DIED, reason=reason), reply_to=message)
+                answer.metadata.message_type = message.metadata.message_type
+            if self._closed.is_set():
+                return
+            if answer is not None:
+                self._deliver(message, answer)  # type: ignore[misc]
+            if answer is None or (answer.has_error() and answer.error.code == _DIED):
+                self._processes[slot].kill()
+                pipe, sent = self._spawn(slot), b""
+
+    def _send(self, pipe: Connection, message: Message, sent: bytes) -> bytes:
+        """Send the metadata, and the content unless this worker has just had the same."""
+        from flwr.common.serde import recorddict_to_proto
+        from flwr.common.serde_utils import metadata_to_proto
+
+        last = self._broadcast
+        if last is None or last[0] is not message.content:
+            last = (message.content, recorddict_to_proto(message.content).SerializeToString())
+            self._broadcast = last
+        pipe.send_bytes(metadata_to_proto(message.metadata).SerializeToString())
+        pipe.send_bytes(b"" if last[1] is sent else last[1])
+        return last[1]
+
+    def _await(self, pipe: Connection, message: Message) -> Message | None:
+        """Return the worker's answer, or None when it came too late."""
+        from flwr.common.serde import message_from_proto
+        from flwr.proto.message_pb2 import Message as Proto
+
+        while not pipe.poll(0.2):
+            if expired(message) or self._closed.is_set():
+                return None
+        return message_from_proto(Proto.FromString(pipe.recv_bytes()))
+
+
+def _serve(pipe: Connection, make_app: Callable[[], ClientApp]) -> None:
+    """Run in a worker: answer messages until the pipe closes or the parent is gone."""
+    from flwr.app import RecordDict as Records
+    from flwr.common.serde import message_to_proto, recorddict_from_proto
+    from flwr.common.serde_utils import metadata_from_proto
+    from flwr.proto.message_pb2 import Metadata as ProtoMetadata
+    from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecords
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    app, contexts, content = make_app(), {}, Records()
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            metadata = metadata_from_proto(ProtoMetadata.FromString(pipe.recv_bytes()))
+            if blob := pipe.recv_bytes():
+                content = recorddict_from_proto(ProtoRecords.FromString(blob))
+            message = Message(content=content, metadata=metadata)  # type: ignore[call-overload]
+            node = metadata.dst_node_id
+            context = contexts.setdefault(node, context_of(node))
+            pipe.send_bytes(message_to_proto(answer_of(app, message, context)).SerializeToString())
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

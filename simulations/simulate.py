@@ -1,0 +1,133 @@
+"""A whole federation on one machine: the same server and client apps, another engine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from flwr.app import Context, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+from fedtune.client.app import make_client_app
+from fedtune.config import Config
+from fedtune.data import Federation, load
+from fedtune.errors import ExitCode, FedtuneError
+from fedtune.resources import cores
+from fedtune.server.app import Outcome, make_server_app
+from fedtune.server.events import Watcher
+from fedtune.server.run_folder import RunFolder
+from fedtune.simulations.executors import Executor, ProcessExecutor, ThreadExecutor
+from fedtune.simulations.grid import LocalGrid
+
+__all__ = ["simulate"]
+
+
+def simulate(config: Config, folder: RunFolder, watch: Watcher) -> Federation:
+    """Run an experiment to its end, or on from its last committed round.
+
+    Parameters
+    ----------
+    config : Config
+        May differ from the run's own in ``engine`` and ``output`` only.
+    folder : RunFolder
+        New, or that of a run to go on with.
+    watch : callable
+        Hears every event.
+
+    Returns
+    -------
+    Federation
+        The clients and the notes about their data.
+
+    Raises
+    ------
+    FedtuneError
+        As the server raised it; committed rounds are in ``folder``.
+    """
+    federation = load(config.data, config.seed)
+    outcome = Outcome()
+    with folder.lock():
+        server = make_server_app(config, federation.labels, folder, watch, outcome)
+        run = {"local": _local, "ray": _ray}[config.engine.kind]
+        run(config, server, folder.clients, len(federation.shards))
+        outcome.check()
+    if not outcome.finished:
+        raise FedtuneError(
+            "the engine ended before the run did",
+            hint="see the messages above; go on with --resume",
+            code=ExitCode.ENGINE,
+        )
+    return federation
+
+
+def _local(config: Config, server: ServerApp, home: Path, clients: int) -> None:
+    grid = LocalGrid(_executor(config, home, clients), clients)
+    try:
+        server(grid, Context(1, 0, {}, RecordDict(), {}))
+    finally:
+        grid.close()
+
+
+def _executor(config: Config, home: Path, clients: int) -> Executor:
+    settings = config.engine
+    workers = min(settings.workers or max(1, cores() // settings.threads), clients)
+    make = partial(_client_app, config, home.resolve())
+    if settings.executor == "processes":
+        return ProcessExecutor(make, workers)
+    if workers > 1 and config.tuning.dropout > 0:
+        raise FedtuneError(
+            f"engine.executor='threads' with workers={workers} and tuning.dropout="
+            f"{config.tuning.dropout} gives other bits every time: threads share one generator",
+            hint="use executor='processes', workers=1, or dropout=0",
+            code=ExitCode.ENGINE,
+        )
+    return ThreadExecutor(make(), workers)
+
+
+def _client_app(config: Config, home: Path) -> ClientApp:
+    """Make the client app; a module-level function, so that workers can import it."""
+    return make_client_app(config, home)
+
+
+def _ray(config: Config, server: ServerApp, home: Path, clients: int) -> None:
+    """Drive the same apps with Flower's own simulation runtime."""
+    try:
+        import ray  # noqa: F401
+    except ImportError as error:
+        raise FedtuneError(
+            "engine.kind='ray' needs the optional package ray",
+            hint="pip install 'fedtune[ray]', or use engine.kind='local'",
+            code=ExitCode.ENGINE,
+        ) from error
+    from flwr.simulation import run_simulation
+
+    workers = config.engine.workers or cores()
+    share = max(1, cores() // workers)
+    with _environment(RAY_USAGE_STATS_ENABLED="0", HF_HUB_OFFLINE="1"):
+        run_simulation(
+            server_app=server,
+            client_app=make_client_app(config, home.resolve()),
+            num_supernodes=clients,
+            backend_config={
+                "client_resources": {"num_cpus": share, "num_gpus": 0.0},
+                "init_args": {"num_cpus": cores(), "logging_level": 40, "log_to_driver": False},
+            },
+        )
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

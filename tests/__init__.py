@@ -1,0 +1,1 @@
+"""Tests: one file per module, in the same tree as the package."""

@@ -1,0 +1,19 @@
+"""What tests of several folders share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Return the folder of real data sets and models; without it the tests fail."""
+    folder = Path(os.environ.get("FEDTUNE_SHARED", ROOT.parent / "shared"))
+    if not folder.is_dir():
+        pytest.fail(f"FEDTUNE_SHARED='{folder}' does not exist: set it to the shared folder")
+    return folder

@@ -1,0 +1,54 @@
+"""The pages under docs/ say what the code says."""
+
+import re
+import tomllib
+from pathlib import Path
+
+from fedtune.adapters import averaging, methods
+from fedtune.configfile import parse
+from fedtune.errors import ExitCode
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_every_exit_code_is_on_its_page_and_no_other() -> None:
+    page = (ROOT / "docs" / "exit-codes.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \|", page, flags=re.MULTILINE)
+    assert [(int(code), name) for code, name in rows] == [
+        (int(code), code.name) for code in sorted(ExitCode)
+    ]
+
+
+def test_every_exit_code_row_says_when_and_what_to_do() -> None:
+    page = (ROOT / "docs" / "exit-codes.md").read_text(encoding="utf-8")
+    for line in re.findall(r"^\| \d+ .*$", page, flags=re.MULTILINE):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert len(cells) == 4, line
+        assert all(cells), line
+
+
+def test_links_between_pages_resolve() -> None:
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_experiments_in_the_readme_are_valid() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```toml\n(.*?)```", text, flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        parse(tomllib.loads(block))
+
+
+def test_adapters_in_the_readme_exist_and_average_as_it_says() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.split("## Adapters")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `([\w-]+)` \|.*\| (.*) \|$", section, flags=re.MULTILINE)
+    assert len(rows) >= 8
+    for name, mean in rows:
+        assert name in methods()
+        says = {"linear": "exact", "inexact": "inexact"}.get(averaging(name))
+        assert mean == says or (says is None and "fedex" in mean), f"{name}: {mean}"
