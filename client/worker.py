@@ -51,7 +51,9 @@ class Worker:
     fingerprint: str = field(init=False)
     _first: nn.Module = field(init=False)
     _models: threading.local = field(init=False, default_factory=threading.local)
-    _encoded: OrderedDict[tuple[str, bool], Encoded] = field(init=False, default_factory=OrderedDict)
+    _encoded: OrderedDict[tuple[str, bool], Encoded] = field(
+        init=False, default_factory=OrderedDict
+    )
     _lock: threading.Lock = field(init=False, default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -95,7 +97,9 @@ class Worker:
         model = self._load(task.tensors)
         optim = optimizer(model, config.tuning, task.lr)
         # By number: a client's name may hold any character.
-        home = self.folder / f"{index:06d}" if self.folder and config.tuning.keep_optimizer else None
+        home = (
+            self.folder / f"{index:06d}" if self.folder and config.tuning.keep_optimizer else None
+        )
         if home:
             recall(home, optim, before=task.round, committed=task.committed)
             for group in optim.param_groups:

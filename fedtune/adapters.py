@@ -16,7 +16,7 @@ from torch import nn
 
 from fedtune.config import TuningConfig
 from fedtune.errors import ExitCode, FedtuneError
-from fedtune.models import Base, share
+from fedtune.models import Base, settings_of, share
 from fedtune.seeds import derive
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "averaging",
     "methods",
     "pairs",
+    "peft_settings",
     "read",
     "trainable",
     "write",
@@ -127,7 +128,8 @@ def attach(base: Base, tuning: TuningConfig, task: Task, seed: int) -> nn.Module
             hint="check tuning.targets",
             code=ExitCode.MODEL,
         )
-    return model.eval()  # type: ignore[no-any-return]
+    tuned: nn.Module = model.eval()
+    return tuned
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -160,10 +162,15 @@ def write(model: nn.Module, tensors: Mapping[str, NDArray[np.float32]]) -> None:
             parameter.copy_(torch.tensor(tensors[name]))
 
 
+def peft_settings(model: nn.Module) -> Any:
+    """Return the peft config of the adapter on a model."""
+    tuned: Any = model
+    return tuned.peft_config["default"]
+
+
 def pairs(model: nn.Module) -> tuple[Pair, ...]:
     """Return the low-rank products of a LoRA model in which both factors train."""
-    config: Any = model.peft_config["default"]  # type: ignore[index]
-    if getattr(config, "use_dora", False):
+    if getattr(peft_settings(model), "use_dora", False):
         return ()
     found, names = [], trainable(model)
     modules = dict(model.named_modules())
@@ -171,7 +178,7 @@ def pairs(model: nn.Module) -> tuple[Pair, ...]:
         match = re.fullmatch(r"(.*)\.lora_A\.default\.weight", name)
         other = name.replace(".lora_A.", ".lora_B.")
         if match and other in names:
-            scale = float(modules[match.group(1)].scaling["default"])  # type: ignore[index]
+            scale = float(modules[match.group(1)].scaling["default"])
             found.append(Pair(match.group(1), name, other, scale))
     return tuple(found)
 
@@ -226,7 +233,7 @@ def _prefix(base: Base, tuning: TuningConfig, task: str) -> Any:
     given = {
         "num_virtual_tokens": tuning.tokens,
         "prefix_projection": True,
-        "encoder_hidden_size": int(base.model.config.hidden_size),
+        "encoder_hidden_size": int(settings_of(base.model).hidden_size),
     }
     return PrefixTuningConfig(task_type=task, **(given | tuning.options))
 

@@ -28,9 +28,7 @@ __all__ = [
 SCHEMA = 1
 """Version of the file format this release reads and writes."""
 
-_STRICT = ConfigDict(
-    extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True
-)
+_STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -68,6 +66,8 @@ class PartitionConfig(BaseModel):
     """``size``: how client sizes grow."""
     min_rows: Positive = 2
     """Clients with fewer rows are left out, and reported."""
+    pooled: bool = False
+    """Put all clients' rows into one client: the central reference, on the same split."""
 
     @model_validator(mode="after")
     def _needs_clients(self) -> PartitionConfig:
@@ -119,7 +119,9 @@ class DataConfig(BaseModel):
         if self.kind == "instruction" and not (self.prompt and self.completion):
             raise ValueError("kind='instruction' needs both prompt and completion templates")
         if self.kind != "instruction" and (self.prompt or self.completion):
-            raise ValueError(f"prompt and completion belong to kind='instruction', not '{self.kind}'")
+            raise ValueError(
+                f"prompt and completion belong to kind='instruction', not '{self.kind}'"
+            )
         return self
 
 

@@ -24,11 +24,12 @@ class MeanPoolClassifier(nn.Module):
     def __init__(self, encoder: nn.Module, labels: tuple[str, ...]) -> None:
         super().__init__()
         self.encoder = encoder
-        self.config = encoder.config
-        self.config.num_labels = len(labels)
-        self.config.id2label = dict(enumerate(labels))
-        self.config.label2id = {label: index for index, label in enumerate(labels)}
-        self.classifier = nn.Linear(self.config.hidden_size, len(labels))
+        settings: Any = encoder.config
+        settings.num_labels = len(labels)
+        settings.id2label = dict(enumerate(labels))
+        settings.label2id = {label: index for index, label in enumerate(labels)}
+        self.config = settings
+        self.classifier = nn.Linear(settings.hidden_size, len(labels))
 
     def forward(self, **inputs: Any) -> Any:
         """Return logits of shape (B, labels) for what a tokenizer gives."""

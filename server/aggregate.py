@@ -142,7 +142,8 @@ def product_norm(u: Array, v: Array) -> float:
     """Return ``|u @ v|`` (Frobenius) without forming the product, by thin QR."""
     if min(u.shape[0], v.shape[1]) <= u.shape[1]:
         return float(np.linalg.norm(u @ v))
-    left, right = np.linalg.qr(u, mode="r"), np.linalg.qr(v.T, mode="r")
+    _, left = np.linalg.qr(u)
+    _, right = np.linalg.qr(v.T)
     return float(np.linalg.norm(left @ right.T))
 
 

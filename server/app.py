@@ -58,7 +58,7 @@ def make_server_app(
         try:
             _run(grid, config, labels, folder, watch)
             outcome.finished = True
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - engines swallow what is raised here
             outcome.error = error
             status = "failed" if isinstance(error, FedtuneError) else "stopped"
             folder.update_status(status=status, reason=str(error) or type(error).__name__)

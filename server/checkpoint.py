@@ -88,5 +88,7 @@ def _path(folder: RunFolder, number: int) -> Path:
 
 
 def _rounds(folder: RunFolder) -> list[int]:
-    names = (re.fullmatch(r"round-(\d+)\.safetensors", p.name) for p in folder.checkpoints.glob("*"))
+    names = (
+        re.fullmatch(r"round-(\d+)\.safetensors", p.name) for p in folder.checkpoints.glob("*")
+    )
     return sorted(int(match.group(1)) for match in names if match)

@@ -17,11 +17,10 @@ import torch
 from jinja2 import Environment
 from torch import nn
 
-from fedtune.adapters import Tensors, trainable
+from fedtune.adapters import Tensors, peft_settings, trainable
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.files import storage, write_atomic, write_json
 from fedtune.models import share
-from fedtune.residual import Residual
 from fedtune.server.checkpoint import State
 from fedtune.server.run_folder import RunFolder
 from fedtune.server.tuned import Tuned
@@ -55,7 +54,7 @@ def save_result(tuned: Tuned, state: State, folder: RunFolder, clients: int) -> 
     saved = merged(tuned, state) if state.residual else model
     with storage(fresh), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        saved.peft_config["default"].base_model_name_or_path = tuned.config.model.base  # type: ignore[index]
+        peft_settings(saved).base_model_name_or_path = tuned.config.model.base
         saved.save_pretrained(str(fresh))  # type: ignore[operator]
     write_atomic(fresh / "README.md", _card(tuned, folder, clients, saved).encode())
     write_json(
@@ -122,11 +121,11 @@ def merged(tuned: Tuned, state: State) -> nn.Module:
     ranks: dict[str, int] = {}
     tensors: Tensors = dict(state.adapter)
     for pair in tuned.pairs:
-        u, v = _factors(state.residual, pair.layer)
+        u, v = state.residual[pair.layer]
         tensors[pair.a] = np.vstack([state.adapter[pair.a], v])
         tensors[pair.b] = np.hstack([np.float32(pair.scale) * state.adapter[pair.b], u])
         ranks[pair.layer.removeprefix("base_model.model.")] = tensors[pair.a].shape[0]
-    settings = copy.deepcopy(tuned.model.peft_config["default"])  # type: ignore[index]
+    settings = copy.deepcopy(peft_settings(tuned.model))
     settings.r = settings.lora_alpha = max(ranks.values())
     settings.use_rslora = False
     settings.rank_pattern = dict(ranks)
@@ -138,16 +137,13 @@ def merged(tuned: Tuned, state: State) -> nn.Module:
     return model.eval()  # type: ignore[no-any-return]
 
 
-def _factors(residual: Residual, layer: str) -> tuple[Any, Any]:
-    return residual[layer]
-
-
 def _card(tuned: Tuned, folder: RunFolder, clients: int, saved: nn.Module) -> str:
     rows = folder.metrics()
     template = (files("fedtune") / "assets" / "templates" / "adapter_card.md.j2").read_text()
     config = tuned.config
     first, last = rows[0], rows[-1]
-    return Environment(autoescape=False, keep_trailing_newline=True).from_string(template).render(
+    markdown = Environment(autoescape=False, keep_trailing_newline=True)  # noqa: S701 - no HTML
+    return markdown.from_string(template).render(
         name=config.name, base=config.model.base, adapter=config.tuning.adapter,
         method=f"{config.tuning.method} ({config.tuning.optimizer})", seed=config.seed,
         parameters=sum(p.numel() for p in trainable(saved).values()), version=version("fedtune"),

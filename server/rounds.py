@@ -111,7 +111,9 @@ def gather(link: Link, tuned: Tuned) -> tuple[Member, ...]:
     return tuple(sorted(members, key=lambda member: member.client))
 
 
-def cohort_of(members: tuple[Member, ...], config: Config, number: int, attempt: int) -> list[Member]:
+def cohort_of(
+    members: tuple[Member, ...], config: Config, number: int, attempt: int
+) -> list[Member]:
     """Draw a round's cohort without replacement; the same seed draws the same."""
     share = config.federation.cohort
     wanted = round(share * len(members)) if share <= 1 else round(share)
@@ -172,9 +174,7 @@ def _attempt(
     task = Task(number, attempt, state.round - state.round % every, lr, state.tensors())
     watch(RoundStarted(number, attempt, len(chosen)))
     started = time.monotonic()
-    size, answers = link.ask(
-        Update, [m.node for m in chosen], task, config.federation.deadline
-    )
+    size, answers = link.ask(Update, [m.node for m in chosen], task, config.federation.deadline)
     row = {"round": number, "attempt": attempt, "lr": lr, "bytes_down": size * len(chosen)}
     done = Round(Cohort(state.adapter, tuned.pairs), row)
     for member, answer in _in_order(chosen, answers):

@@ -1,12 +1,12 @@
 """The folder of one run: everything it was, did and left, safe against a crash.
 
-    RUN/config.toml      effective settings
-    RUN/run.json         status, versions, result
-    RUN/metrics.jsonl    one line per round      RUN/metrics.csv   the same
-    RUN/clients.jsonl    one line per client and round
-    RUN/checkpoints/     round-000007.safetensors, ...
-    RUN/adapter/         the result, in PEFT format
-    RUN/loss.png         the picture
+RUN/config.toml      effective settings
+RUN/run.json         status, versions, result
+RUN/metrics.jsonl    one line per round      RUN/metrics.csv   the same
+RUN/clients.jsonl    one line per client and round
+RUN/checkpoints/     round-000007.safetensors, ...
+RUN/adapter/         the result, in PEFT format
+RUN/loss.png         the picture
 """
 
 from __future__ import annotations
@@ -105,6 +105,10 @@ class RunFolder:
         """Read one mapping per recorded round, oldest first."""
         return _read_lines(self.path / "metrics.jsonl")
 
+    def client_rows(self) -> list[dict[str, Any]]:
+        """Read one mapping per client and round."""
+        return _read_lines(self.path / "clients.jsonl")
+
     def append(self, row: Mapping[str, Any], clients: Iterable[Mapping[str, Any]]) -> None:
         """Record one round, before its checkpoint makes it count."""
         _append_lines(self.path / "clients.jsonl", clients)
@@ -115,7 +119,7 @@ class RunFolder:
     def forget_after(self, last: int) -> None:
         """Drop records of rounds after ``last``: their checkpoint never came to be."""
         kept = [row for row in self.metrics() if row["round"] <= last]
-        clients = [r for r in _read_lines(self.path / "clients.jsonl") if r["round"] <= last]
+        clients = [r for r in self.client_rows() if r["round"] <= last]
         write_atomic(self.path / "metrics.jsonl", _lines(kept))
         write_atomic(self.path / "clients.jsonl", _lines(clients))
         table = _csv_row(dict(zip(METRICS, METRICS, strict=True))) + "".join(map(_csv_row, kept))

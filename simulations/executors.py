@@ -59,7 +59,7 @@ def answer_of(app: ClientApp, message: Message, context: Context) -> Message:
     """Run the client; what it raises becomes an error reply with its own words."""
     try:
         return app(message, context)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a client may raise anything
         reason = str(error) or type(error).__name__
         return Message(Error(code=_RAISED, reason=reason), reply_to=message)
 
@@ -228,7 +228,8 @@ def _serve(pipe: Connection, make_app: Callable[[], ClientApp]) -> None:
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    app, contexts, content = make_app(), {}, Records()
+    app, content = make_app(), Records()
+    contexts: dict[int, Context] = {}
     with contextlib.suppress(EOFError, OSError):
         while True:
             metadata = metadata_from_proto(ProtoMetadata.FromString(pipe.recv_bytes()))

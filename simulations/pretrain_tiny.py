@@ -202,7 +202,7 @@ def train(model: Any, ids: torch.Tensor, heldout: torch.Tensor, args: argparse.N
     started, seen = time.perf_counter(), 0
     for step in range(1, args.steps + 1):
         block = next(data)
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+        with torch.autocast(ids.device.type, torch.bfloat16):
             loss = token_loss(model, block)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

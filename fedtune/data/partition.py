@@ -123,6 +123,9 @@ def partition(rows: Sequence[Row], data: DataConfig, seed: int) -> Federation:
         )
     notes += _row_notes(groups, kept, data.max_rows)
     shards = tuple(_shard(name, mine, data, seed) for name, mine in kept.items())
+    if data.partition.pooled:
+        notes.append(f"the rows of {len(shards)} clients are pooled into one")
+        shards = (_pooled(shards),)
     return Federation(shards, labels, tuple(notes))
 
 
@@ -165,6 +168,14 @@ def _shard(name: str, rows: Sequence[Row], data: DataConfig, seed: int) -> Shard
         name,
         train=tuple(rows[i] for i in sorted(order[held:])),
         held=tuple(rows[i] for i in sorted(order[:held])),
+    )
+
+
+def _pooled(shards: Sequence[Shard]) -> Shard:
+    return Shard(
+        "pooled",
+        train=tuple(row for shard in shards for row in shard.train),
+        held=tuple(row for shard in shards for row in shard.held),
     )
 
 

@@ -1,0 +1,272 @@
+"""Commands of ``fedtune``: thin wrappers that read, call, and report."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedtune.cli.out import Out
+from fedtune.errors import ExitCode, FedtuneError
+
+__all__ = ["run"]
+
+app = typer.Typer(
+    help="Federated fine-tuning of language models: the text stays with its owners.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+runs = typer.Typer(help="Look at what was run.", no_args_is_help=True)
+app.add_typer(runs, name="runs")
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON envelope on stdout.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a setting.")
+]
+File = Annotated[Path, typer.Argument(metavar="FILE", help="The experiment (TOML).")]
+Root = Annotated[Path, typer.Option("--folder", help="Where runs are.")]
+
+
+def run() -> None:
+    """Run the command line; an unforeseen error keeps its traceback."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Federated fine-tuning of language models: the text stays with its owners."""
+    if show_version:
+        sys.stdout.write(version("fedtune") + "\n")
+        raise typer.Exit
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(metavar="FILE")] = Path("fedtune.toml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a commented experiment file."""
+    with _reporting(Out("init", as_json)) as out:
+        if path.exists() and not force:
+            raise FedtuneError(
+                f"'{path}' is there already",
+                hint="choose another name, or overwrite it with --force",
+                code=ExitCode.USAGE,
+            )
+        from fedtune.files import write_atomic
+
+        template = files("fedtune") / "assets" / "templates" / "experiment.toml"
+        write_atomic(path, template.read_bytes())
+        out.result({"file": str(path)}, str(path))
+        out.say(f"next: fedtune check {path}; fedtune simulate {path}")
+
+
+@app.command()
+def check(file: File, override: Set = None, as_json: Json = False) -> None:
+    """Validate an experiment and print its plan."""
+    with _reporting(Out("check", as_json)) as out:
+        _show_plan(out, file, override or [], None)
+
+
+@app.command()
+def simulate(
+    file: Annotated[Path | None, typer.Argument(metavar="FILE")] = None,
+    override: Set = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan.")] = False,
+    resume: Annotated[
+        str | None,
+        typer.Option("--resume", metavar="RUN", help="Go on with a run: folder, name, 'latest'."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Root seed.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a whole federation on this machine."""
+    with _reporting(Out("simulate", as_json)) as out:
+        if file is None and resume is None:
+            raise FedtuneError(
+                "nothing to run",
+                hint="name an experiment file, or --resume RUN; write a file with: fedtune init",
+                code=ExitCode.USAGE,
+            )
+        if dry_run:
+            if file is None:
+                raise FedtuneError("--dry-run needs an experiment file", code=ExitCode.USAGE)
+            _show_plan(out, file, override or [], seed)
+            return
+        _simulate(out, file, override or [], resume, seed)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine has and which engines work here."""
+    with _reporting(Out("doctor", as_json)) as out:
+        from fedtune.cli.doctor import examine
+
+        found = examine()
+        out.result(found, _as_lines(found))
+
+
+@runs.command("list")
+def list_all(folder: Root = Path("runs"), as_json: Json = False) -> None:
+    """List the runs of a folder, oldest first."""
+    with _reporting(Out("runs list", as_json)) as out:
+        from fedtune.server.run_folder import list_runs
+
+        found = [
+            {"run": one.path.name, "path": str(one.path)} | _summary(one.status())
+            for one in list_runs(folder)
+        ]
+        names = ("run", "status", "round", "loss", "started")
+        lines = [f"{'run':40} {'status':9} {'round':>5} {'loss':>8} started"]
+        lines += [
+            f"{row[names[0]]:40} {row[names[1]]:9} {row[names[2]]!s:>5} "
+            f"{row[names[3]]!s:>8.6} {row[names[4]]}"
+            for row in found
+        ]
+        out.result({"runs": found}, "\n".join(lines) if found else f"no runs in '{folder}'")
+
+
+@runs.command("show")
+def show(
+    name: Annotated[str, typer.Argument(metavar="RUN", help="Folder, name, or 'latest'.")],
+    folder: Root = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Show one run: status, settings that differ from the defaults, rounds."""
+    with _reporting(Out("runs show", as_json)) as out:
+        from fedtune.config import Config
+        from fedtune.configfile import difference
+        from fedtune.server.run_folder import find
+
+        one = find(name, folder)
+        rows = one.metrics()
+        settings = difference(Config(), one.config())
+        keys = ("round", "train_loss", "loss", "accuracy", "client_worst", "bytes_up", "seconds")
+        used = [key for key in keys if any(key in row for row in rows)]
+        table = ["  ".join(f"{key:>12}" for key in used)]
+        table += ["  ".join(f"{_cell(row.get(key)):>12}" for key in used) for row in rows]
+        text = "\n".join(
+            [str(one.path), "", _as_lines(one.status()), "", "settings:", *settings, "", *table]
+        )
+        value = {"path": str(one.path), "status": one.status(), "metrics": rows}
+        out.result(value | {"settings": list(settings)}, text)
+
+
+def _simulate(
+    out: Out, file: Path | None, override: list[str], resume: str | None, seed: int | None
+) -> None:
+    from fedtune.cli.progress import following
+    from fedtune.configfile import load
+    from fedtune.server.loggers import open_loggers
+    from fedtune.server.run_folder import RunFolder, create, find, reopen
+    from fedtune.simulations.simulate import simulate as run_simulation
+
+    overrides = [*override, *([f"seed={seed}"] if seed is not None else [])]
+    config = load(file, overrides) if file is not None else None
+    if resume is not None:
+        root = Path(config.output.folder if config else "runs")
+        folder: RunFolder = reopen(find(resume, root).path, config)
+        config = config or folder.config()
+        out.say(f"going on with {folder.path}")
+    else:
+        if config is None:
+            raise FedtuneError("nothing to run", code=ExitCode.USAGE)
+        folder = create(config)
+        out.say(f"run folder: {folder.path}")
+    with following(config, out.people) as watch, open_loggers(config, folder) as log:
+        federation = run_simulation(config, folder, _both(watch, log))
+    for note in federation.notes:
+        out.say(f"note: {note}")
+    _report_truncated(out, folder)
+    status = folder.status()
+    result = {"run": str(folder.path), "adapter": str(folder.adapter), "status": status}
+    out.result(result, _ending(folder.path, status["result"]))
+
+
+def _both(first: Callable[[Any], None], second: Callable[[Any], None]) -> Callable[[Any], None]:
+    def hear(event: Any) -> None:
+        first(event)
+        second(event)
+
+    return hear
+
+
+def _show_plan(out: Out, file: Path, override: list[str], seed: int | None) -> None:
+    from fedtune.configfile import load
+    from fedtune.simulations.plan import describe, plan
+
+    overrides = [*override, *([f"seed={seed}"] if seed is not None else [])]
+    made = plan(load(file, overrides))
+    out.result(made, describe(made))
+
+
+def _report_truncated(out: Out, folder: Any) -> None:
+    """Say how many examples were cut, once for each client that had any."""
+    cut = {row["client"]: row["truncated"] for row in folder.client_rows() if row.get("truncated")}
+    if cut:
+        worst = max(cut, key=lambda name: cut[name])
+        out.say(
+            f"note: {sum(cut.values())} examples of {len(cut)} clients were longer than "
+            f"data.max_length and were cut (most at '{worst}': {cut[worst]})"
+        )
+
+
+def _ending(path: Path, result: dict[str, Any]) -> str:
+    lines = [
+        f"{key:>10}: {result[f'base_{key}']:.4f} -> {result[key]:.4f}"
+        for key in ("loss", "perplexity", "accuracy", "macro_f1")
+        if key in result and f"base_{key}" in result
+    ]
+    return "\n".join(
+        [*lines, f"   picture: {path / 'loss.png'}", f"   adapter: {path / 'adapter'}"]
+    )
+
+
+def _summary(status: dict[str, Any]) -> dict[str, Any]:
+    result = status.get("result", {})
+    return {
+        "status": status.get("status", "?"), "started": status.get("started", "?"),
+        "round": result.get("round", "-"), "loss": result.get("loss", "-"),
+    }  # fmt: skip
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _as_lines(table: dict[str, Any], indent: str = "") -> str:
+    lines = []
+    for key, value in table.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{key}:", _as_lines(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{key}: {_cell(value)}")
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _reporting(out: Out) -> Iterator[Out]:
+    """Turn errors into words and an exit status."""
+    try:
+        yield out
+    except FedtuneError as error:
+        raise typer.Exit(out.failure(error)) from None
+    except KeyboardInterrupt:
+        stopped = FedtuneError(
+            "stopped", hint="go on with --resume latest", code=ExitCode.INTERRUPTED
+        )
+        raise typer.Exit(out.failure(stopped)) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(ExitCode.OK) from None
