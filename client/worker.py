@@ -23,7 +23,7 @@ from fedtune.config import Config
 from fedtune.data import Encoded, Federation, Shard, encode, load
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.measure import measure
-from fedtune.models import Base, fingerprint, load_base, share
+from fedtune.models import Base, fingerprint, load_base, require_context, share
 from fedtune.residual import set_residual, split
 from fedtune.seeds import derive
 from fedtune.wire import Evaluation, Hello, Task, Update
@@ -61,6 +61,7 @@ class Worker:
         torch.set_num_threads(config.engine.threads)
         self.federation = load(config.data, config.seed)
         self.base = load_base(config.model, self.federation.labels, config.seed)
+        require_context(self.base, config)
         self._first = attach(self.base, config.tuning, config.model.task, config.seed)
         self.fingerprint = fingerprint(self._first)
 

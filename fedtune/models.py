@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedtune.config import ModelConfig
+from fedtune.config import Config, ModelConfig
 from fedtune.encoder import MeanPoolClassifier
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.seeds import derive
@@ -28,6 +28,7 @@ __all__ = [
     "fingerprint",
     "load_base",
     "model_folder",
+    "require_context",
     "settings_of",
     "share",
 ]
@@ -129,6 +130,18 @@ def context_length(base: Base) -> int:
         if isinstance(value := getattr(config, name, None), int) and value > 0:
             return value
     return int(min(base.tokenizer.model_max_length, 10**9))
+
+
+def require_context(base: Base, config: Config) -> None:
+    """Refuse examples that are longer than what the model was made for."""
+    virtual = config.tuning.tokens if config.tuning.adapter == "prompt" else 0
+    most = context_length(base) - virtual
+    if config.data.max_length > most:
+        raise FedtuneError(
+            f"data.max_length={config.data.max_length} is more than '{config.model.base}' takes",
+            hint=f"set data.max_length to at most {most}",
+            code=ExitCode.CONFIG,
+        )
 
 
 def fingerprint(network: nn.Module) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from fedtune.adapters import Tensors
-from fedtune.wire import Task, Update
+from fedtune.wire import Evaluation, Task, Update
 
-__all__ = ["problem_of"]
+__all__ = ["problem_of", "problem_of_evaluation"]
 
 _MOST_EXAMPLES = 10**9
 
@@ -40,4 +40,20 @@ def problem_of(update: Update, task: Task, adapter: Tensors) -> str:
         # The sum is finite only if all are, and needs no temporary.
         if not np.isfinite(value.sum(dtype=np.float64)):
             return f"'{name}' holds NaN or infinity"
+    return ""
+
+
+def problem_of_evaluation(found: Evaluation, task: Task, labels: int) -> str:
+    """Return what is wrong with one client's counts, or an empty string."""
+    if found.round != task.round:
+        return f"answers round {found.round}, asked was {task.round}"
+    if not 0 <= found.correct <= found.units or found.examples < 0 or found.loss < 0:
+        return f"counts cannot be: {found.correct} of {found.units} right, loss {found.loss}"
+    confusion = found.tensors.get("confusion")
+    if confusion is None or len(found.tensors) != 1 or confusion.dtype != np.int64:
+        return "has no confusion matrix of int64"
+    if confusion.shape != (labels, labels) or (labels and confusion.min() < 0):
+        return f"confusion matrix has shape {confusion.shape}, not {(labels, labels)}"
+    if labels and int(confusion.sum()) != found.units:
+        return f"confusion matrix counts {int(confusion.sum())}, not {found.units}"
     return ""

@@ -16,7 +16,7 @@ from fedtune.measure import Counts, add, scores
 from fedtune.resources import memory_mb
 from fedtune.seeds import derive
 from fedtune.server.aggregate import Cohort, exact_residual
-from fedtune.server.check import problem_of
+from fedtune.server.check import problem_of, problem_of_evaluation
 from fedtune.server.checkpoint import State, latest, store
 from fedtune.server.events import ClientDone, Outcome, RoundDone, RoundStarted, Watcher
 from fedtune.server.link import Answer, Link
@@ -275,8 +275,11 @@ def _evaluated(
         found["bytes_evaluation"] = size * len(asked)
         for answer in answers:
             found["bytes_evaluation"] += answer.bytes_up
-            if answer.value is not None and answer.value.units > 0:
-                parts[nodes[answer.node]] = answer.value.counts()
+            value = answer.value
+            if value is None or problem_of_evaluation(value, task, len(tuned.labels)):
+                continue
+            if value.units:
+                parts[nodes[answer.node]] = value.counts()
         found["clients_evaluated"] = len(parts)
         found |= _spread([scores(parts[name]) for name in sorted(parts)], config)
     whole = tuned.evaluate(state) or add(parts[name] for name in sorted(parts))

@@ -11,7 +11,8 @@ from fedtune.adapters import Pair, attach, pairs, read, write
 from fedtune.config import Config
 from fedtune.data import Encoded, encode, load_eval
 from fedtune.measure import Counts, measure
-from fedtune.models import Base, fingerprint, load_base
+from fedtune.errors import ExitCode, FedtuneError
+from fedtune.models import Base, fingerprint, load_base, require_context
 from fedtune.residual import set_residual
 from fedtune.server.checkpoint import State
 
@@ -64,6 +65,14 @@ def load_tuned(config: Config, labels: tuple[str, ...]) -> Tuned:
     torch.set_num_threads(config.engine.threads)
     base = load_base(config.model, labels, config.seed)
     model = attach(base, config.tuning, config.model.task, config.seed)
+    require_context(base, config)
+    products = pairs(model)
+    if config.federation.aggregation == "fedex" and not products:
+        raise FedtuneError(
+            "federation.aggregation='fedex' finds no plain LoRA product in this adapter",
+            hint="use aggregation='mean', or remove tuning.options such as use_dora",
+            code=ExitCode.CONFIG,
+        )
     rows = load_eval(config.data, labels) if config.data.eval else ()
     held_out = encode(rows, base.tokenizer, config.data, labels) if rows else None
-    return Tuned(config, base, model, fingerprint(model), pairs(model), labels, held_out)
+    return Tuned(config, base, model, fingerprint(model), products, labels, held_out)

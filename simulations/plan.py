@@ -134,9 +134,6 @@ def _spread(values: list[int]) -> tuple[int, int, int]:
 
 def _warnings(config: Config) -> list[str]:
     found = []
-    context = context_length(tuned.base)
-    if config.data.max_length > context:
-        found.append(f"data.max_length={config.data.max_length} exceeds the model's {context}")
     kind = averaging(config.tuning.adapter)
     if kind == "product" and config.federation.aggregation == "mean":
         found.append("averaging LoRA factors is inexact; the error is logged each round")
