@@ -10,8 +10,8 @@ from torch import nn
 from fedtune.adapters import Pair, attach, pairs, read, write
 from fedtune.config import Config
 from fedtune.data import Encoded, encode, load_eval
-from fedtune.measure import Counts, measure
 from fedtune.errors import ExitCode, FedtuneError
+from fedtune.measure import Counts, measure
 from fedtune.models import Base, fingerprint, load_base, require_context
 from fedtune.residual import set_residual
 from fedtune.server.checkpoint import State

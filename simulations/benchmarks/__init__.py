@@ -1,5 +1,5 @@
-"""Benchmarks, each a module: ``python -m fedtune.simulations.benchmarks.NAME [--quick]``.
+"""Benchmarks: ours and what a user would otherwise use, in one run.
 
-Each measures fedtune and what a user would otherwise use in the same run,
-prints a table for people and, as its last line, one JSON object.
+``python -m fedtune.simulations.benchmarks.NAME [--quick]`` prints a table for
+people and, as its last line, one JSON object.
 """
