@@ -118,6 +118,15 @@ def attach(base: Base, tuning: TuningConfig, task: Task, seed: int) -> nn.Module
         warnings.simplefilter("ignore")
         torch.manual_seed(derive(seed, "adapter"))
         model: Any = get_peft_model(share(base.model), _peft_config(base, tuning, task))
+    chosen = peft_settings(model)
+    in_front = chosen.is_prompt_learning and chosen.peft_type != "PREFIX_TUNING"
+    if in_front and task == "classification" and hasattr(base.model, "score"):
+        # Such heads read the last token, and find it only when they see token ids.
+        raise FedtuneError(
+            f"tuning.adapter='{tuning.adapter}' with model.pooling='auto' would read padding here",
+            hint="set model.pooling='mean', or use p-tuning-v2",
+            code=ExitCode.MODEL,
+        )
     if tuning.adapter == "lora-frozen-a":
         for name, parameter in model.named_parameters():
             if ".lora_A." in name:
@@ -209,6 +218,13 @@ def _targets(tuning: TuningConfig) -> str | list[str]:
 def _lora(base: Base, tuning: TuningConfig, task: str) -> Any:
     from peft import LoraConfig
 
+    start = str(tuning.options.get("init_lora_weights", "")).lower()
+    if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise FedtuneError(
+            f"tuning.options.init_lora_weights='{start}' would change the base model",
+            hint="clients share the base as it is: use 'gaussian' or 'orthogonal', or leave it out",
+            code=ExitCode.MODEL,
+        )
     given = {
         "r": tuning.rank,
         "lora_alpha": tuning.alpha,

@@ -48,3 +48,8 @@ class MeanPoolClassifier(nn.Module):
         """Return the encoder's token embedding, as prompt methods ask for it."""
         embedding: nn.Module = self.encoder.get_input_embeddings()  # type: ignore[operator]
         return embedding
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the model is, as prompt methods ask for it."""
+        return next(self.encoder.parameters()).device

@@ -110,7 +110,7 @@ def _load(model: ModelConfig, labels: tuple[str, ...], seed: int) -> Base:
         try:
             tokenizer = _tokenizer(source, model, local)
             network = _network(source, model, labels, local)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise FedtuneError(
                 f"model '{model.base}' cannot be loaded: {error}",
                 hint="name a folder with config.json, model.safetensors and tokenizer.json, "
@@ -134,7 +134,9 @@ def context_length(base: Base) -> int:
 
 def require_context(base: Base, config: Config) -> None:
     """Refuse examples that are longer than what the model was made for."""
-    virtual = config.tuning.tokens if config.tuning.adapter == "prompt" else 0
+    tuning = config.tuning
+    named = tuning.tokens if tuning.adapter in ("prompt", "prefix", "p-tuning-v2") else 0
+    virtual = int(tuning.options.get("num_virtual_tokens", named))
     most = context_length(base) - virtual
     if config.data.max_length > most:
         raise FedtuneError(

@@ -197,13 +197,21 @@ def _shape(message: Message) -> tuple[object, ...]:
     """Return what the size of a message depends on, besides its blobs."""
     meta = message.metadata
     scalars = tuple(
-        (name, key, value.bit_length() // 7 if isinstance(value, int) else
-         len(value) if isinstance(value, str | bytes | list) else type(value))
+        (name, key, _length(value))
         for name, record in message.content.config_records.items()
         for key, value in record.items()
-    )  # fmt: skip
-    nodes = (meta.src_node_id.bit_length() // 7, meta.dst_node_id.bit_length() // 7)
+    )
+    nodes = (_length(meta.src_node_id), _length(meta.dst_node_id))
     return (meta.message_type, len(meta.group_id), len(meta.reply_to_message_id), nodes, scalars)
+
+
+def _length(value: object) -> object:
+    """Return what the encoded length of a scalar depends on."""
+    if isinstance(value, int):
+        return value < 0, value.bit_length()
+    if isinstance(value, str):
+        return len(value.encode())
+    return len(value) if isinstance(value, bytes | list) else type(value)
 
 
 def _digits(message: Message) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -61,7 +62,9 @@ def make_server_app(
         except BaseException as error:  # noqa: BLE001 - engines swallow what is raised here
             outcome.error = error
             status = "failed" if isinstance(error, FedtuneError) else "stopped"
-            folder.update_status(status=status, reason=str(error) or type(error).__name__)
+            # A disk that is full must not hide what failed first.
+            with contextlib.suppress(FedtuneError):
+                folder.update_status(status=status, reason=str(error) or type(error).__name__)
 
     return app
 

@@ -55,7 +55,7 @@ def save_result(tuned: Tuned, state: State, folder: RunFolder, clients: int) -> 
     with storage(fresh), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peft_settings(saved).base_model_name_or_path = tuned.config.model.base
-        saved.save_pretrained(str(fresh))  # type: ignore[operator]
+        saved.save_pretrained(str(fresh), save_embedding_layers=False)  # type: ignore[operator]
     write_atomic(fresh / "README.md", _card(tuned, folder, clients, saved).encode())
     write_json(
         fresh / "privacy.json",

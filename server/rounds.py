@@ -71,7 +71,7 @@ def run_rounds(link: Link, tuned: Tuned, folder: RunFolder, watch: Watcher) -> S
         (``ExitCode.QUORUM``). Committed rounds are kept.
     """
     config = tuned.config
-    members = gather(link, tuned)
+    members = gather(link, tuned, watch)
     state = latest(folder, tuned.fingerprint)
     folder.forget_after(state.round if state else -1)
     if state is None:
@@ -89,26 +89,35 @@ def run_rounds(link: Link, tuned: Tuned, folder: RunFolder, watch: Watcher) -> S
     return state
 
 
-def gather(link: Link, tuned: Tuned) -> tuple[Member, ...]:
-    """Ask every node who it is; return members sorted by client name."""
-    deadline = tuned.config.federation.deadline
-    _, answers = link.ask(Hello, link.nodes(), None, deadline)
-    members, problems = [], []
-    for answer in answers:
+def gather(link: Link, tuned: Tuned, watch: Watcher) -> tuple[Member, ...]:
+    """Ask every node who it is; return members sorted by client name.
+
+    A node that fails, holds another base model, or takes a name that another node
+    has, is left out, and ``watch`` hears why.
+    """
+    _, answers = link.ask(Hello, link.nodes(), None, tuned.config.federation.deadline)
+    members: dict[str, Member] = {}
+    problems: dict[str, str] = {}
+    for answer in sorted(answers, key=lambda one: one.node):
         hello = answer.value
         if hello is None:
-            problems.append(answer.problem)
+            problems[f"node {answer.node}"] = answer.problem
         elif hello.fingerprint != tuned.fingerprint:
-            problems.append(f"client '{hello.client}' holds another base model")
+            problems[hello.client] = "holds another base model than the server"
+        elif hello.client in members:
+            problems[hello.client] = f"node {answer.node} takes a name that is taken"
         else:
-            members.append(Member(hello.client, answer.node, hello.rows))
+            members[hello.client] = Member(hello.client, answer.node, hello.rows)
+    for client, reason in problems.items():
+        watch(ClientDone(0, client, "failed", reason, 0))
     if not members:
+        shown = [f"{client}: {reason}" for client, reason in problems.items()]
         raise FedtuneError(
-            f"no client can take part: {problems[0] if problems else 'no node answered'}",
+            f"no client can take part: {shown[0] if shown else 'no node answered'}",
             hint="check data and model at the clients",
             code=ExitCode.QUORUM,
         )
-    return tuple(sorted(members, key=lambda member: member.client))
+    return tuple(members[name] for name in sorted(members))
 
 
 def cohort_of(
@@ -240,7 +249,8 @@ def _apply(tuned: Tuned, state: State, done: Round) -> State:
     adapter, moments = step(settings.server_optimizer, state.adapter, mean, state.moments)
     total = sum(weight for weight, _ in done.losses)
     done.row["train_loss"] = sum(weight * loss for weight, loss in done.losses) / total
-    squares = sum(float(np.square(v, dtype=np.float64).sum()) for v in mean.values())
+    # safetensors gives names in any order; a sum of floats must not depend on it.
+    squares = math.fsum(float(np.square(v, dtype=np.float64).sum()) for v in mean.values())
     done.row["update_norm"] = math.sqrt(squares)
     averaged = {name: state.adapter[name] + mean[name] for name in mean}
     if tuned.pairs:

@@ -81,6 +81,14 @@ class RunFolder:
                 ) from error
             yield
 
+    def is_alive(self) -> bool:
+        """Say whether a process is working on this run now."""
+        try:
+            with self.lock():
+                return False
+        except FedtuneError:
+            return True
+
     def config(self) -> Config:
         """Read the settings the run was started with."""
         file = self.path / "config.toml"

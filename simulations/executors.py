@@ -1,8 +1,8 @@
 """Who runs the clients of a local simulation: threads of this process, or worker processes.
 
 Both take Flower messages and give Flower messages back. Worker processes load
-the base model once each and are fed over pipes in Flower's own encoding; a
-broadcast crosses each pipe once, however many clients it is for.
+the base model once each and are fed through a ``Channel``; a broadcast crosses to
+each of them once, however many clients it is for.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Any, Protocol
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+
+from fedtune.simulations.channel import Channel
 
 __all__ = ["Executor", "ProcessExecutor", "ThreadExecutor", "context_of"]
 
@@ -140,7 +142,6 @@ class ProcessExecutor:
     _processes: dict[int, Any] = field(default_factory=dict)
     _closed: threading.Event = field(default_factory=threading.Event)
     _deliver: Deliver | None = None
-    _broadcast: tuple[RecordDict, bytes] | None = None
 
     def start(self, deliver: Deliver) -> None:
         """Start the workers."""
@@ -164,81 +165,63 @@ class ProcessExecutor:
             if process.is_alive():
                 process.kill()
 
-    def _spawn(self, slot: int) -> Connection:
+    def _spawn(self, slot: int) -> Channel:
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe()
-        process = context.Process(target=_serve, args=(there, self.make_app), daemon=True)
+        channel = Channel(here)
+        given = (there, channel.name, self.make_app)
+        process = context.Process(target=_serve, args=given, daemon=True)
         process.start()
         there.close()
         self._processes[slot] = process
-        return here
+        return channel
 
     def _feed(self, slot: int) -> None:
-        pipe, sent = self._spawn(slot), b""
-        while (message := self._inbox.get()) is not None:
-            if expired(message):
-                continue
-            try:
-                sent = self._send(pipe, message, sent)
-                answer = self._await(pipe, message)
-            except (EOFError, OSError):
-                code = self._processes[slot].exitcode
-                reason = f"the worker process died (exit code {code})"
-                answer = Message(Error(code=_DIED, reason=reason), reply_to=message)
-                answer.metadata.message_type = message.metadata.message_type
-            if self._closed.is_set():
-                return
-            if answer is not None:
-                self._deliver(message, answer)  # type: ignore[misc]
-            if answer is None or (answer.has_error() and answer.error.code == _DIED):
-                self._processes[slot].kill()
-                pipe, sent = self._spawn(slot), b""
+        channel = self._spawn(slot)
+        try:
+            while (message := self._inbox.get()) is not None and not self._closed.is_set():
+                if expired(message):
+                    continue
+                answer = self._ask(slot, channel, message)
+                if answer is not None:
+                    self._deliver(message, answer)  # type: ignore[misc]
+                if answer is None or (answer.has_error() and answer.error.code == _DIED):
+                    self._processes[slot].kill()
+                    channel.close()
+                    if self._closed.is_set():
+                        return
+                    channel = self._spawn(slot)
+        finally:
+            channel.close()
 
-    def _send(self, pipe: Connection, message: Message, sent: bytes) -> bytes:
-        """Send the metadata, and the content unless this worker has just had the same."""
-        from flwr.common.serde import recorddict_to_proto
-        from flwr.common.serde_utils import metadata_to_proto
-
-        last = self._broadcast
-        if last is None or last[0] is not message.content:
-            last = (message.content, recorddict_to_proto(message.content).SerializeToString())
-            self._broadcast = last
-        pipe.send_bytes(metadata_to_proto(message.metadata).SerializeToString())
-        pipe.send_bytes(b"" if last[1] is sent else last[1])
-        return last[1]
-
-    def _await(self, pipe: Connection, message: Message) -> Message | None:
-        """Return the worker's answer, or None when it came too late."""
-        from flwr.common.serde import message_from_proto
-        from flwr.proto.message_pb2 import Message as Proto
-
-        while not pipe.poll(0.2):
-            if expired(message) or self._closed.is_set():
-                return None
-        return message_from_proto(Proto.FromString(pipe.recv_bytes()))
+    def _ask(self, slot: int, channel: Channel, message: Message) -> Message | None:
+        """Return the worker's answer, an error if it died, or None when it came too late."""
+        try:
+            channel.send(message)
+            while not channel.poll(0.2):
+                if expired(message) or self._closed.is_set():
+                    return None
+            return channel.receive()
+        except (EOFError, OSError):
+            # The pipe closes a moment before there is an exit code.
+            self._processes[slot].join(timeout=1.0)
+            code = self._processes[slot].exitcode
+            reason = f"the worker process died (exit code {code})"
+            return Message(Error(code=_DIED, reason=reason), reply_to=message)
 
 
-def _serve(pipe: Connection, make_app: Callable[[], ClientApp]) -> None:
+def _serve(pipe: Connection, name: str, make_app: Callable[[], ClientApp]) -> None:
     """Run in a worker: answer messages until the pipe closes or the parent is gone."""
-    from flwr.app import RecordDict as Records
-    from flwr.common.serde import message_to_proto, recorddict_from_proto
-    from flwr.common.serde_utils import metadata_from_proto
-    from flwr.proto.message_pb2 import Metadata as ProtoMetadata
-    from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecords
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    app, content = make_app(), Records()
+    app, channel = make_app(), Channel(pipe, name)
     contexts: dict[int, Context] = {}
     with contextlib.suppress(EOFError, OSError):
         while True:
-            metadata = metadata_from_proto(ProtoMetadata.FromString(pipe.recv_bytes()))
-            if blob := pipe.recv_bytes():
-                content = recorddict_from_proto(ProtoRecords.FromString(blob))
-            message = Message(content=content, metadata=metadata)  # type: ignore[call-overload]
-            node = metadata.dst_node_id
+            message = channel.receive()
+            node = message.metadata.dst_node_id
             context = contexts.setdefault(node, context_of(node))
-            pipe.send_bytes(message_to_proto(answer_of(app, message, context)).SerializeToString())
+            channel.send(answer_of(app, message, context))
 
 
 def _end_with_parent() -> None:

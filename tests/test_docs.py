@@ -5,8 +5,10 @@ import tomllib
 from pathlib import Path
 
 from fedtune.adapters import averaging, methods
+from fedtune.config import Config
 from fedtune.configfile import parse
 from fedtune.errors import ExitCode
+from fedtune.server.run_folder import METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,3 +54,14 @@ def test_adapters_in_the_readme_exist_and_average_as_it_says() -> None:
         assert name in methods()
         says = {"linear": "exact", "inexact": "inexact"}.get(averaging(name))
         assert mean == says or (says is None and "fedex" in mean), f"{name}: {mean}"
+
+
+def test_every_column_of_the_metrics_is_explained_and_no_other() -> None:
+    page = (ROOT / "docs" / "run-folder.md").read_text(encoding="utf-8")
+    table = page.split("## Columns", 1)[1]
+    assert re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE) == list(METRICS)
+
+
+def test_the_written_experiment_has_every_default() -> None:
+    text = (ROOT / "fedtune/assets/templates/experiment.toml").read_text(encoding="utf-8")
+    assert parse(tomllib.loads(text)) == Config()

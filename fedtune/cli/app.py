@@ -124,7 +124,7 @@ def list_all(folder: Root = Path("runs"), as_json: Json = False) -> None:
         from fedtune.server.run_folder import list_runs
 
         found = [
-            {"run": one.path.name, "path": str(one.path)} | _summary(one.status())
+            {"run": one.path.name, "path": str(one.path)} | _summary(one.status(), one.is_alive())
             for one in list_runs(folder)
         ]
         names = ("run", "status", "round", "loss", "started")
@@ -175,9 +175,11 @@ def _simulate(
     overrides = [*override, *([f"seed={seed}"] if seed is not None else [])]
     config = load(file, overrides) if file is not None else None
     if resume is not None:
-        root = Path(config.output.folder if config else "runs")
-        folder: RunFolder = reopen(find(resume, root).path, config)
-        config = config or folder.config()
+        path = find(resume, Path(config.output.folder if config else "runs")).path
+        own = RunFolder(path).config()
+        if config is None:
+            config = load(path / "config.toml", overrides) if overrides else own
+        folder: RunFolder = reopen(path, config)
         out.say(f"going on with {folder.path}")
     else:
         if config is None:
@@ -233,10 +235,13 @@ def _ending(path: Path, result: dict[str, Any]) -> str:
     )
 
 
-def _summary(status: dict[str, Any]) -> dict[str, Any]:
+def _summary(status: dict[str, Any], alive: bool) -> dict[str, Any]:
     result = status.get("result", {})
+    state = status.get("status", "?")
     return {
-        "status": status.get("status", "?"), "started": status.get("started", "?"),
+        # A killed process could not write how it ended.
+        "status": "killed" if state == "running" and not alive else state,
+        "started": status.get("started", "?"),
         "round": result.get("round", "-"), "loss": result.get("loss", "-"),
     }  # fmt: skip
 

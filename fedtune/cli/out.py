@@ -35,7 +35,7 @@ class Out:
 
     def say(self, text: str) -> None:
         """Tell people something; never part of the result."""
-        self.people.print(text, soft_wrap=True)
+        self.people.print(text, markup=False, soft_wrap=True)
 
     def result(self, value: Mapping[str, Any], text: str = "") -> None:
         """Give the result: as an envelope, or ``text`` for people."""

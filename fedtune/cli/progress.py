@@ -10,6 +10,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from fedtune.config import Config
 from fedtune.server.events import ClientDone, Event, RoundDone, RoundStarted, Watcher
@@ -94,7 +95,7 @@ class _View:
             table.add_column(name, justify="right")
         for row in self._rows[-_ROWS_SHOWN:]:
             table.add_row(*_cells(row))
-        troubles = "\n".join(text[:110] for text in self._troubles[-3:])
+        troubles = Text("\n".join(text[:110] for text in self._troubles[-3:]))
         return Group(table, self._bars, troubles)
 
 

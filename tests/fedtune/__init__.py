@@ -1,0 +1,1 @@
+"""Tests of reading, dividing and encoding data."""

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from fedtune.errors import ExitCode, FedtuneError
+from fedtune.files import read_tensors, write_atomic, write_json
+
+_WRITE = """
+import json, resource, signal, sys
+from pathlib import Path
+from fedtune.errors import FedtuneError
+from fedtune.files import write_atomic
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    write_atomic(Path(sys.argv[1]), b"n" * 5000)
+    print(json.dumps(None))
+except FedtuneError as error:
+    print(json.dumps([str(error), error.hint, int(error.code)]))
+"""
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "state.bin"
+    path.write_bytes(b"old")
+    ran = subprocess.run(
+        [sys.executable, "-c", _WRITE, str(path)], capture_output=True, text=True, check=True
+    )
+    message, hint, code = json.loads(ran.stdout)
+    assert code == ExitCode.STORAGE
+    assert message.startswith(f"cannot write '{path}': ")
+    assert "free some space" in hint
+    assert "--resume" in hint
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["state.bin"]
+
+
+def test_a_file_is_replaced_and_folders_are_made(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "state.bin"
+    write_atomic(path, b"one")
+    write_atomic(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert [p.name for p in path.parent.iterdir()] == ["state.bin"]
+
+
+def test_a_place_that_is_no_folder_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(FedtuneError, match="cannot write") as caught:
+        write_atomic(tmp_path / "file" / "state.bin", b"x")
+    assert caught.value.code == ExitCode.STORAGE
+
+
+def test_json_is_readable_and_sorted(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"b": 1, "a": [2]})
+    text = (tmp_path / "x.json").read_text()
+    assert text.endswith("}\n")
+    assert list(json.loads(text)) == ["a", "b"]
+
+
+def test_tensors_and_notes_are_read_back(tmp_path: Path) -> None:
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    save_file({"x": array}, tmp_path / "x.safetensors", {"round": "3"})
+    found, note = read_tensors(tmp_path / "x.safetensors")
+    np.testing.assert_array_equal(found["x"], array)
+    assert (list(found), note) == (["x"], {"round": "3"})
+
+
+@pytest.mark.parametrize("damage", ["cut", "header", "empty", "missing", "folder"])
+def test_a_damaged_file_is_a_storage_error(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"x": np.ones(100, np.float32)}, path)
+    data = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(data[:-7])
+    elif damage == "header":
+        path.write_bytes(data[:8] + b"\xff" * 20 + data[28:])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    else:
+        path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    with pytest.raises(FedtuneError, match=r"'.*x\.safetensors' cannot be read") as caught:
+        read_tensors(path)
+    assert caught.value.code == ExitCode.STORAGE
+    assert caught.value.hint
