@@ -105,6 +105,7 @@ def share(network: nn.Module) -> nn.Module:
 
 def _load(model: ModelConfig, labels: tuple[str, ...], seed: int) -> Base:
     source, local = _source(model.base)
+    device = _device(model.device)
     with _quiet(), _offline(local), torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "head"))
         try:
@@ -120,7 +121,7 @@ def _load(model: ModelConfig, labels: tuple[str, ...], seed: int) -> Base:
     pad_id = int(tokenizer.pad_token_id)
     settings_of(network).pad_token_id = pad_id
     network.requires_grad_(False)
-    return Base(network.eval().to(_device(model.device)), tokenizer, pad_id)
+    return Base(network.eval().to(device), tokenizer, pad_id)
 
 
 def context_length(base: Base) -> int:

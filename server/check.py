@@ -10,6 +10,8 @@ from fedtune.wire import Evaluation, Task, Update
 __all__ = ["problem_of", "problem_of_evaluation"]
 
 _MOST_EXAMPLES = 10**9
+_LARGEST = 1e9
+"""No training step is larger; with weights up to 1e9 the float32 sums stay finite."""
 
 
 def problem_of(update: Update, task: Task, adapter: Tensors) -> str:
@@ -40,6 +42,8 @@ def problem_of(update: Update, task: Task, adapter: Tensors) -> str:
         # The sum is finite only if all are, and needs no temporary.
         if not np.isfinite(value.sum(dtype=np.float64)):
             return f"'{name}' holds NaN or infinity"
+        if value.size and max(value.max(), -value.min()) > _LARGEST:
+            return f"'{name}' holds values above {_LARGEST:g}"
     return ""
 
 

@@ -48,9 +48,9 @@ def simulate(config: Config, folder: RunFolder, watch: Watcher) -> Federation:
     FedtuneError
         As the server raised it; committed rounds are in ``folder``.
     """
-    federation = load(config.data, config.seed)
     outcome = Outcome()
-    with folder.lock():
+    with folder.lock(), _failure_noted(folder):
+        federation = load(config.data, config.seed)
         server = make_server_app(config, federation.labels, folder, watch, outcome)
         run = {"local": _local, "ray": _ray}[config.engine.kind]
         run(config, server, folder.clients, len(federation.shards))
@@ -62,6 +62,17 @@ def simulate(config: Config, folder: RunFolder, watch: Watcher) -> Federation:
             code=ExitCode.ENGINE,
         )
     return federation
+
+
+@contextlib.contextmanager
+def _failure_noted(folder: RunFolder) -> Iterator[None]:
+    """Write down the failure of a run that did not even begin; it is not running."""
+    try:
+        yield
+    except FedtuneError as error:
+        with contextlib.suppress(FedtuneError):
+            folder.update_status(status="failed", reason=str(error))
+        raise
 
 
 def _local(config: Config, server: ServerApp, home: Path, clients: int) -> None:

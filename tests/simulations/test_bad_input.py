@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -296,7 +297,7 @@ def corrupt(update: Update, how: str) -> Update:
 REASONS = {
     "nan": "holds NaN or infinity",
     "infinity": "holds NaN or infinity",
-    "shape": "has shape (3, 64), not (4, 64)",
+    "shape": "has shape (3, 172), not (4, 172)",
     "type": "is float64, not float32",
     "extra": "tensors do not match: ['evil']",
     "missing": "tensors do not match: ['",
@@ -367,31 +368,31 @@ def test_a_client_that_never_answers_is_late_and_the_run_ends_in_time(
             time.sleep(3600)
         return honest(message, context)
 
-    config = settings(tmp_path, shared, federation={"rounds": 2, "deadline": 2.0})
+    config = settings(tmp_path, shared, federation={"rounds": 2, "deadline": 3.0, "quorum": 0.2})
     run_here(config)  # models are loaded now: what is timed below is the waiting
     started = time.monotonic()
     with served(config, meddle) as (folder, _, outcome):
         outcome.check()
-    assert 4.0 <= time.monotonic() - started < 14.0
+    assert 6.0 <= time.monotonic() - started < 20.0
     late = [entry for entry in folder.client_rows() if entry["outcome"] == "late"]
     assert [(entry["round"], entry["client"]) for entry in late] == [(1, "owner-1"), (2, "owner-1")]
-    assert {entry["reason"] for entry in late} == {"no answer within 2 s"}
+    assert {entry["reason"] for entry in late} == {"no answer within 3 s"}
     assert [row.get("clients_ok") for row in folder.metrics()] == [None, 3, 3]
     assert folder.adapter.is_dir()
 
 
 def test_all_clients_failing_later_keeps_the_rounds_before(tmp_path: Path, shared: Path) -> None:
-    mended = False
-
     def meddle(honest: Handler, message: Message, context: Context) -> Message:
-        if not mended and message.metadata.group_id.startswith("2."):
+        if message.metadata.group_id.startswith("2."):
             raise RuntimeError("the power is [/out]")
         return honest(message, context)
 
     config = settings(tmp_path, shared)
-    with served(config, meddle) as (folder, events, outcome):
-        with pytest.raises(FedtuneError, match=r"round 2: 0 of 4 .*the power is") as caught:
-            outcome.check()
+    with (
+        served(config, meddle) as (folder, events, outcome),
+        pytest.raises(FedtuneError, match=r"round 2: 0 of 4 .*the power is") as caught,
+    ):
+        outcome.check()
     assert caught.value.code == ExitCode.QUORUM
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == [
         "round-000000.safetensors", "round-000001.safetensors",
@@ -402,9 +403,11 @@ def test_all_clients_failing_later_keeps_the_rounds_before(tmp_path: Path, share
     assert result.exit_code == 0, result.output
     assert adapter_bytes(folder) == adapter_bytes(run_here(config))
     # What clients say is text, on a terminal too.
-    with following(config, Console(force_terminal=True, file=(tmp_path / "x").open("w"))) as hear:
+    screen = StringIO()
+    with following(config, Console(force_terminal=True, file=screen, width=120)) as hear:
         for event in events:
             hear(event)
+    assert "the power is [/out]" in screen.getvalue()
 
 
 # ---------------------------------------------------------------- the disk
