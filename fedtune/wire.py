@@ -125,7 +125,8 @@ def pack_tensors(tensors: Mapping[str, NDArray[Any]]) -> bytes:
 def unpack_tensors(blob: bytes) -> dict[str, NDArray[Any]]:
     """Decode safetensors; a broken blob is a ``FedtuneError``."""
     try:
-        return _load_tensors(blob)
+        # safetensors gives names in any order; whoever adds up must not notice.
+        return dict(sorted(_load_tensors(blob).items()))
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise FedtuneError(f"tensors cannot be read: {error}", code=ExitCode.ENGINE) from error
 

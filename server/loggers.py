@@ -13,7 +13,7 @@ from fedtune.errors import ExitCode, FedtuneError
 from fedtune.server.events import Event, RoundDone, Watcher
 from fedtune.server.run_folder import RunFolder
 
-__all__ = ["open_loggers"]
+__all__ = ["open_loggers", "require_loggers"]
 
 _Write = Callable[[int, dict[str, float]], None]
 _MODULES = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
@@ -28,13 +28,7 @@ def open_loggers(config: Config, folder: RunFolder) -> Iterator[Watcher]:
     FedtuneError
         A logger is named whose package is not installed.
     """
-    for name in config.output.loggers:
-        if importlib.util.find_spec(_MODULES[name]) is None:
-            raise FedtuneError(
-                f"output.loggers names '{name}', which is not installed",
-                hint=f"pip install 'fedtune[{name}]', or remove it from output.loggers",
-                code=ExitCode.CONFIG,
-            )
+    require_loggers(config)
     with ExitStack() as stack:
         writers = [
             stack.enter_context(_OPENERS[name](config, folder)) for name in config.output.loggers
@@ -47,6 +41,17 @@ def open_loggers(config: Config, folder: RunFolder) -> Iterator[Watcher]:
                     write(event.round, numbers)
 
         yield hear
+
+
+def require_loggers(config: Config) -> None:
+    """Refuse loggers whose package is not installed, before anything is made for them."""
+    for name in config.output.loggers:
+        if importlib.util.find_spec(_MODULES[name]) is None:
+            raise FedtuneError(
+                f"output.loggers names '{name}', which is not installed",
+                hint=f"pip install 'fedtune[{name}]', or remove it from output.loggers",
+                code=ExitCode.CONFIG,
+            )
 
 
 @contextmanager

@@ -18,13 +18,14 @@ import io
 import json
 import os
 import platform
+import time
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fedtune.config import Config
 from fedtune.configfile import difference, dumps, parse
@@ -71,23 +72,25 @@ class RunFolder:
         with storage(self.path):
             file = (self.path / ".lock").open("w")
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+            # Whoever only looks whether the run is alive holds the lock for an instant.
+            patience = 10
+            while not _locked(file) and (patience := patience - 1):
+                time.sleep(0.1)
+            if not patience:
                 raise FedtuneError(
                     f"run '{self.path}' is being worked on by another process",
                     hint="wait for it, or stop it",
                     code=ExitCode.RUN_FOLDER,
-                ) from error
+                )
             yield
 
     def is_alive(self) -> bool:
         """Say whether a process is working on this run now."""
         try:
-            with self.lock():
-                return False
-        except FedtuneError:
-            return True
+            with (self.path / ".lock").open("r") as file:
+                return not _locked(file)
+        except OSError:
+            return False
 
     def config(self) -> Config:
         """Read the settings the run was started with."""
@@ -202,6 +205,14 @@ def find(name: str, root: Path) -> RunFolder:
     raise FedtuneError(
         f"no run '{name}' in '{root}'", hint="see: fedtune runs list", code=ExitCode.RUN_FOLDER
     )
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:

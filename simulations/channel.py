@@ -38,6 +38,7 @@ class Channel:
         self._pipe = pipe
         self._owner = not name
         self._memory = SharedMemory(name or None, create=self._owner, size=ROOM)
+        self._room = memoryview(self._memory.buf or b"")
         self._sent: RecordDict | None = None
         self._received = RecordDict()
 
@@ -75,8 +76,8 @@ class Channel:
     def close(self) -> None:
         """Give the shared memory back."""
         self._pipe.close()
-        with contextlib.suppress(BufferError):
-            self._memory.close()
+        self._room.release()
+        self._memory.close()
         if self._owner:
             with contextlib.suppress(FileNotFoundError):
                 self._memory.unlink()
@@ -84,7 +85,7 @@ class Channel:
     def _speak(self, head: Message, where: str, blobs: list[bytes]) -> None:
         start = 0
         for blob in blobs if where == _SHARED else []:
-            self._memory.buf[start : start + len(blob)] = blob
+            self._room[start : start + len(blob)] = blob
             start += len(blob)
         self._pipe.send_bytes(message_to_proto(head).SerializeToString())
         self._pipe.send_bytes(json.dumps([where, [len(blob) for blob in blobs]]).encode())
@@ -96,7 +97,7 @@ class Channel:
             return [self._pipe.recv_bytes() for _ in lengths]
         found, start = [], 0
         for length in lengths:
-            found.append(bytes(self._memory.buf[start : start + length]))
+            found.append(bytes(self._room[start : start + length]))
             start += length
         return found
 

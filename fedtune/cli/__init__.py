@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 __all__ = ["main"]
 
@@ -14,6 +15,8 @@ def main() -> None:
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # A service manager's stop is an interruption like Ctrl-C: committed rounds stay.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     from fedtune.cli.app import run
 
     run()

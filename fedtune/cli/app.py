@@ -167,25 +167,11 @@ def _simulate(
     out: Out, file: Path | None, override: list[str], resume: str | None, seed: int | None
 ) -> None:
     from fedtune.cli.progress import following
-    from fedtune.configfile import load
     from fedtune.server.loggers import open_loggers
-    from fedtune.server.run_folder import RunFolder, create, find, reopen
     from fedtune.simulations.simulate import simulate as run_simulation
 
     overrides = [*override, *([f"seed={seed}"] if seed is not None else [])]
-    config = load(file, overrides) if file is not None else None
-    if resume is not None:
-        path = find(resume, Path(config.output.folder if config else "runs")).path
-        own = RunFolder(path).config()
-        if config is None:
-            config = load(path / "config.toml", overrides) if overrides else own
-        folder: RunFolder = reopen(path, config)
-        out.say(f"going on with {folder.path}")
-    else:
-        if config is None:
-            raise FedtuneError("nothing to run", code=ExitCode.USAGE)
-        folder = create(config)
-        out.say(f"run folder: {folder.path}")
+    config, folder = _open(out, file, overrides, resume)
     with following(config, out.people) as watch, open_loggers(config, folder) as log:
         federation = run_simulation(config, folder, _both(watch, log))
     for note in federation.notes:
@@ -194,6 +180,28 @@ def _simulate(
     status = folder.status()
     result = {"run": str(folder.path), "adapter": str(folder.adapter), "status": status}
     out.result(result, _ending(folder.path, status["result"]))
+
+
+def _open(out: Out, file: Path | None, overrides: list[str], resume: str | None) -> Any:
+    """Return the settings and the folder of a new run, or of one to go on with."""
+    from fedtune.configfile import load
+    from fedtune.server.loggers import require_loggers
+    from fedtune.server.run_folder import RunFolder, create, find, reopen
+
+    config = load(file, overrides) if file is not None else None
+    if resume is None:
+        if config is None:
+            raise FedtuneError("nothing to run", code=ExitCode.USAGE)
+        require_loggers(config)
+        folder = create(config)
+        out.say(f"run folder: {folder.path}")
+        return config, folder
+    path = find(resume, Path(config.output.folder if config else "runs")).path
+    if config is None:
+        own = RunFolder(path).config()
+        config = load(path / "config.toml", overrides) if overrides else own
+    out.say(f"going on with {path}")
+    return config, reopen(path, config)
 
 
 def _both(first: Callable[[Any], None], second: Callable[[Any], None]) -> Callable[[Any], None]:

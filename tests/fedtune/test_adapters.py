@@ -13,8 +13,8 @@ from fedtune.adapters import Task, attach, averaging, methods, pairs, read, trai
 from fedtune.config import ModelConfig, TuningConfig
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.measure import forward_loss
-from fedtune.models import Base, fingerprint, load_base, share
-from tests.tiny import bert, gpt2, llama, noise
+from fedtune.models import Base, fingerprint, load_base, require_context, share
+from tests.tiny import bert, gpt2, llama, noise, settings
 
 LABELS = ("no", "yes")
 NAMED = ("lora", "lora-frozen-a", "prompt", "prefix", "p-tuning-v2", "ia3", "layernorm", "bias")
@@ -236,7 +236,7 @@ def test_what_peft_refuses_names_the_adapter(
     folders: dict[str, Path], changes: dict[str, Any]
 ) -> None:
     base, task = base_of(folders, "llama")
-    with pytest.raises(FedtuneError, match="tuning.adapter='lora' does not fit") as caught:
+    with pytest.raises(FedtuneError, match=r"tuning\.adapter='lora' does not fit") as caught:
         attach(base, tuning("lora", **changes), task, seed=3)
     assert caught.value.code == ExitCode.MODEL
 
@@ -269,6 +269,39 @@ def test_a_head_that_reads_the_last_token_takes_no_prompt(
     assert attach(base, tuning("p-tuning-v2"), "classification", seed=3)
     pooled = load_base(made.model_copy(update={"pooling": "mean"}), LABELS)
     assert attach(pooled, tuning("prompt"), "classification", seed=3)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "prompt", "prefix", "p-tuning-v2", "prompt_tuning"])
+def test_virtual_tokens_count_against_the_context(
+    shared: Path, tmp_path: Path, adapter: str
+) -> None:
+    """What is allowed runs, and what is refused would not: GPT-2 has a table of positions."""
+    options = OPTIONS.get(adapter, {})
+    most = 32 if adapter == "lora" else 28
+    folder = gpt2(tmp_path / "m", shared, positions=32)
+    table = {"adapter": adapter, "tokens": 4, "options": options}
+    config = settings("x", folder, tuning=table, data={"max_length": most})
+    base = load_base(config.model)
+    require_context(base, config)
+    model = attach(base, config.tuning, "causal-lm", 1)
+    with torch.inference_mode():
+        assert model(input_ids=torch.ones(1, most, dtype=torch.int64)).logits.isfinite().all()
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.ones(1, most + 1, dtype=torch.int64))
+    longer = settings("x", folder, tuning=table, data={"max_length": most + 1})
+    with pytest.raises(FedtuneError, match=rf"data\.max_length={most + 1}") as caught:
+        require_context(base, longer)
+    assert caught.value.code == ExitCode.CONFIG
+    assert f"at most {most}" in caught.value.hint
+
+
+def test_a_saved_head_for_other_classes_is_refused(shared: Path, tmp_path: Path) -> None:
+    made = ModelConfig(base=str(bert(tmp_path / "two", shared)), task="classification")
+    network: Any = load_base(made, LABELS).model
+    network.save_pretrained(tmp_path / "two")
+    with pytest.raises(FedtuneError, match="cannot be loaded") as caught:
+        load_base(made, ("a", "b", "c"))
+    assert caught.value.code == ExitCode.MODEL
 
 
 # ---------------------------------------------------------------- how they average

@@ -72,7 +72,7 @@ def test_a_changed_adapter_file_is_caught(shared: Path, tmp_path: Path, case: st
     assert verify_adapter(made.tuned, state, made.folder.adapter) < 2e-3
     file = made.folder.adapter / "adapter_model.safetensors"
     tensors = load_file(file)
-    name = sorted(n for n in tensors if "lora_A" not in n)[0]
+    name = min(n for n in tensors if "lora_A" not in n)
     tensors[name] = tensors[name] + 0.5
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(FedtuneError, match="does not behave like the run") as caught:

@@ -91,14 +91,14 @@ def bytes_of(state: State) -> bytes:
 
 
 def poisoned(update: Update, value: float) -> Update:
-    name = sorted(update.tensors)[0]
+    name = min(update.tensors)
     spoilt = update.tensors[name].copy()
     spoilt.flat[0] = value
     return replace(update, tensors=update.tensors | {name: spoilt})
 
 
 def reshaped(update: Update) -> Update:
-    name = sorted(update.tensors)[0]
+    name = min(update.tensors)
     return replace(update, tensors=update.tensors | {name: update.tensors[name][:1]})
 
 
