@@ -23,7 +23,7 @@ from fedtune.config import Config
 from fedtune.data import Encoded, Federation, Shard, encode, load
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.measure import measure
-from fedtune.models import Base, fingerprint, load_base, require_context, share
+from fedtune.models import Base, fingerprint, load_base, require_context, settings_of, share
 from fedtune.residual import set_residual, split
 from fedtune.seeds import derive
 from fedtune.wire import Evaluation, Hello, Task, Update
@@ -73,6 +73,13 @@ class Worker:
                 code=ExitCode.DATA,
             )
         return self.federation.shards[index]
+
+    def has_dropout(self) -> bool:
+        """Say whether training draws random numbers of its own."""
+        shape = settings_of(self.base.model).to_dict()
+        rates = [v for k, v in shape.items() if "drop" in k and isinstance(v, int | float)]
+        rates += [p.p for p in self._first.modules() if isinstance(p, nn.Dropout)]
+        return any(rate > 0 for rate in rates)
 
     def hello(self, index: int) -> Hello:
         """Say who client ``index`` is and which model it holds."""

@@ -243,7 +243,7 @@ class Config(BaseModel):
 
     model_config = _STRICT
 
-    schema_version: int = Field(default=SCHEMA, alias="schema")
+    schema_version: int = Field(default=SCHEMA, alias="schema", ge=1)
     name: str = Field(default="fedtune", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     seed: int = Field(default=0, ge=0, lt=2**63)
     model: ModelConfig = ModelConfig()

@@ -16,6 +16,7 @@ import csv
 import fcntl
 import io
 import json
+import math
 import os
 import platform
 import time
@@ -216,7 +217,15 @@ def _locked(file: IO[str]) -> bool:
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
+    return "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows).encode()
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Give null for what is no number: a diverged model must not end the run's record."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
 
 
 def _append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

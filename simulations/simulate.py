@@ -12,7 +12,7 @@ from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
-from fedtune.client.app import make_client_app
+from fedtune.client.app import make_client_app, worker_for
 from fedtune.config import Config
 from fedtune.data import Federation, load
 from fedtune.errors import ExitCode, FedtuneError
@@ -89,11 +89,12 @@ def _executor(config: Config, home: Path, clients: int) -> Executor:
     make = partial(_client_app, config, home.resolve())
     if settings.executor == "processes":
         return ProcessExecutor(make, workers)
-    if workers > 1 and config.tuning.dropout > 0:
+    if workers > 1 and worker_for(config, home.resolve()).has_dropout():
         raise FedtuneError(
-            f"engine.executor='threads' with workers={workers} and tuning.dropout="
-            f"{config.tuning.dropout} gives other bits every time: threads share one generator",
-            hint="use executor='processes', workers=1, or dropout=0",
+            f"engine.executor='threads' with workers={workers} gives other bits every time: "
+            f"the model has dropout (tuning.dropout={config.tuning.dropout}, or its own), "
+            "and threads share one generator",
+            hint="use executor='processes' or workers=1",
             code=ExitCode.ENGINE,
         )
     return ThreadExecutor(make(), workers)

@@ -144,10 +144,10 @@ def test_dropout_gives_the_same_bits_on_any_number_of_processes(
 
 def test_dropout_on_many_threads_is_refused(shared: Path, tmp_path: Path) -> None:
     config = settings(tmp_path, shared, tuning__dropout=0.1, engine__workers=3)
-    with pytest.raises(FedtuneError, match=r"workers=3 and tuning\.dropout=0\.1") as caught:
+    with pytest.raises(FedtuneError, match=r"workers=3 .*tuning\.dropout=0\.1") as caught:
         run_here(config)
     assert caught.value.code == ExitCode.ENGINE
-    assert caught.value.hint == "use executor='processes', workers=1, or dropout=0"
+    assert caught.value.hint == "use executor='processes' or workers=1"
 
 
 def test_kept_optimisers_give_the_same_bits_on_threads_and_processes(
