@@ -44,9 +44,9 @@ def optimizer(model: nn.Module, tuning: TuningConfig, lr: float) -> torch.optim.
     """Return a fresh optimiser over the trainable parameters, in name order."""
     parameters = list(trainable(model).values())
     if tuning.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=tuning.weight_decay)
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=tuning.weight_decay, fused=True)
     return torch.optim.SGD(
-        parameters, lr=lr, momentum=tuning.momentum, weight_decay=tuning.weight_decay
+        parameters, lr=lr, momentum=tuning.momentum, weight_decay=tuning.weight_decay, fused=True
     )
 
 

@@ -29,7 +29,7 @@ def reference(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFold
 
 def scores(folder: RunFolder) -> list[dict[str, Any]]:
     """All that a run measured, but for time and memory."""
-    kept = ("loss", "train_loss", "client_worst", "update_norm", "aggregation_error", "bytes_up")
+    kept = ("loss", "train_loss", "client_worst", "update_norm", "aggregation_error")
     return [{key: row[key] for key in kept if key in row} for row in folder.metrics()]
 
 
