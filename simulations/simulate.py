@@ -14,7 +14,7 @@ from flwr.serverapp import ServerApp
 
 from fedtune.client.app import make_client_app, worker_for
 from fedtune.config import Config
-from fedtune.data import Federation, load
+from fedtune.data import Federation, digest, load
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.resources import cores
 from fedtune.server.app import Outcome, make_server_app
@@ -46,11 +46,13 @@ def simulate(config: Config, folder: RunFolder, watch: Watcher) -> Federation:
     Raises
     ------
     FedtuneError
-        As the server raised it; committed rounds are in ``folder``.
+        As the server raised it, or the data is not what the run began with;
+        committed rounds are in ``folder``.
     """
     outcome = Outcome()
     with folder.lock(), _failure_noted(folder):
         federation = load(config.data, config.seed)
+        _require_same_data(folder, digest(federation))
         server = make_server_app(config, federation.labels, folder, watch, outcome)
         run = {"local": _local, "ray": _ray}[config.engine.kind]
         run(config, server, folder.clients, len(federation.shards))
@@ -62,6 +64,20 @@ def simulate(config: Config, folder: RunFolder, watch: Watcher) -> Federation:
             code=ExitCode.ENGINE,
         )
     return federation
+
+
+def _require_same_data(folder: RunFolder, found: str) -> None:
+    """Refuse to go on with a run on other rows than it began with."""
+    before = folder.status().get("data")
+    if before is None:
+        folder.update_status(data=found)
+    elif before != found:
+        raise FedtuneError(
+            f"the rows behind '{folder.path}' have changed since it began "
+            f"({before[:12]}, now {found[:12]})",
+            hint="restore the data, or start a new run without --resume",
+            code=ExitCode.RESUME_REFUSED,
+        )
 
 
 @contextlib.contextmanager

@@ -242,3 +242,14 @@ def test_a_damaged_checkpoint_is_named(shared: Path, tmp_path: Path) -> None:
     last.unlink()
     assert command(*words).exit_code == 0
     assert adapter_bytes(whole) == expected
+
+
+def test_resuming_on_other_rows_is_refused(shared: Path, tmp_path: Path) -> None:
+    file = experiment(tmp_path, shared)
+    first = command("simulate", str(file), "--json", "-s", "federation.rounds=1")
+    run = envelope(first)["result"]["run"]
+    data = tmp_path / "rows.jsonl"
+    data.write_text(data.read_text().replace("the", "that"))
+    again = command("simulate", "--resume", run, "--json")
+    assert again.exit_code == ExitCode.RESUME_REFUSED
+    assert "have changed since it began" in envelope(again)["error"]["message"]
