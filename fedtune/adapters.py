@@ -179,7 +179,8 @@ def peft_settings(model: nn.Module) -> Any:
 
 def pairs(model: nn.Module) -> tuple[Pair, ...]:
     """Return the low-rank products of a LoRA model in which both factors train."""
-    if getattr(peft_settings(model), "use_dora", False):
+    settings = peft_settings(model)
+    if getattr(settings, "use_dora", False) or getattr(settings, "lora_bias", False):
         return ()
     found, names = [], trainable(model)
     modules = dict(model.named_modules())
@@ -195,7 +196,7 @@ def pairs(model: nn.Module) -> tuple[Pair, ...]:
 def _peft_config(base: Base, tuning: TuningConfig, task: Task) -> Any:
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    if named := _NAMED.get(tuning.adapter):
+    if named := _NAMED.get(tuning.adapter.lower()):
         return named(base, tuning, _PEFT_TASK[task])
     kinds = {kind.value.lower(): made for kind, made in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if tuning.adapter.lower() not in kinds:

@@ -130,7 +130,7 @@ class TuningConfig(BaseModel):
 
     model_config = _STRICT
 
-    adapter: str = "lora"
+    adapter: str = Field(default="lora", pattern=r"^[a-z0-9_-]+$")
     """``lora``, ``lora-frozen-a``, ``prompt``, ``prefix``, ``p-tuning-v2``, ``ia3``,
     ``layernorm``, ``bias``, or the name of any other method of the installed peft."""
     rank: Positive = 8

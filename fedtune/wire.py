@@ -154,6 +154,10 @@ def from_record(kind: type[_Record], record: RecordDict) -> _Record:
     if scalars is None:
         raise FedtuneError(f"{kind.__name__}: no fields", code=ExitCode.ENGINE)
     wanted = {f.name: str(f.type) for f in fields(kind)}
+    if extra := set(record) - {_FIELDS} - ({_TENSORS} & wanted.keys()):
+        raise FedtuneError(
+            f"{kind.__name__}: unknown records {sorted(extra)[:5]}", code=ExitCode.ENGINE
+        )
     values: dict[str, Any] = dict(scalars)
     if wanted.keys() - {_TENSORS} != values.keys():
         odd = sorted((wanted.keys() - {_TENSORS}) ^ values.keys())
@@ -179,6 +183,8 @@ def size_of(message: Message) -> int:
     """
     if not message.has_content():
         return len(message.deflate())
+    if message.content.metric_records:
+        return _tree_size(message) + sum(map(_chunks_size, _blob_lengths(message)))
     key = (_shape(message), _digits(message))
     if key not in _around:
         if len(_around) >= _MOST_SHAPES:
@@ -202,8 +208,16 @@ def _shape(message: Message) -> tuple[object, ...]:
         for name, record in message.content.config_records.items()
         for key, value in record.items()
     )
+    names = tuple((name, *record) for name, record in message.content.array_records.items())
     nodes = (_length(meta.src_node_id), _length(meta.dst_node_id))
-    return (meta.message_type, len(meta.group_id), len(meta.reply_to_message_id), nodes, scalars)
+    return (
+        meta.message_type,
+        len(meta.group_id),
+        len(meta.reply_to_message_id),
+        nodes,
+        scalars,
+        names,
+    )
 
 
 def _length(value: object) -> object:

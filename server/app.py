@@ -64,9 +64,15 @@ def make_server_app(
             status = "failed" if isinstance(error, FedtuneError) else "stopped"
             # A disk that is full must not hide what failed first.
             with contextlib.suppress(FedtuneError):
-                folder.update_status(status=status, reason=str(error) or type(error).__name__)
+                folder.update_status(status=status, reason=_why(error))
 
     return app
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by Ctrl-C or a termination signal"
+    return str(error) or type(error).__name__
 
 
 def _run(

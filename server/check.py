@@ -10,6 +10,7 @@ from fedtune.wire import Evaluation, Task, Update
 __all__ = ["problem_of", "problem_of_evaluation"]
 
 _MOST_EXAMPLES = 10**9
+_MOST_UNITS = 10**12
 _LARGEST = 1e9
 """No training step is larger; with weights up to 1e9 the float32 sums stay finite."""
 
@@ -31,6 +32,8 @@ def problem_of(update: Update, task: Task, adapter: Tensors) -> str:
         )
     if not 1 <= update.examples <= _MOST_EXAMPLES:
         return f"examples={update.examples} is not a weight"
+    if not 0 <= update.loss <= _LARGEST:
+        return f"loss={update.loss:g} is not a loss"
     if update.tensors.keys() != adapter.keys():
         odd = sorted(update.tensors.keys() ^ adapter.keys())
         return f"tensors do not match: {odd[:3]}"
@@ -53,11 +56,15 @@ def problem_of_evaluation(found: Evaluation, task: Task, labels: int) -> str:
         return f"answers round {found.round}, asked was {task.round}"
     if not 0 <= found.correct <= found.units or found.examples < 0 or found.loss < 0:
         return f"counts cannot be: {found.correct} of {found.units} right, loss {found.loss}"
+    if found.units > _MOST_UNITS or found.loss > _LARGEST * max(found.units, 1):
+        return f"counts are too large: {found.units} units, loss {found.loss:g}"
     confusion = found.tensors.get("confusion")
     if confusion is None or len(found.tensors) != 1 or confusion.dtype != np.int64:
         return "has no confusion matrix of int64"
     if confusion.shape != (labels, labels) or (labels and confusion.min() < 0):
         return f"confusion matrix has shape {confusion.shape}, not {(labels, labels)}"
+    if labels and confusion.max() > found.units:
+        return f"confusion matrix holds {confusion.max()}, more than all {found.units}"
     if labels and int(confusion.sum()) != found.units:
         return f"confusion matrix counts {int(confusion.sum())}, not {found.units}"
     return ""

@@ -13,10 +13,11 @@ from flwr.serverapp import Grid
 from fedtune.errors import FedtuneError
 from fedtune.wire import Evaluation, Hello, Task, Update, from_record, size_of, to_record
 
-__all__ = ["Answer", "GridLink", "Link"]
+__all__ = ["Answer", "GridLink", "Link", "plain"]
 
 _Reply = TypeVar("_Reply", Hello, Update, Evaluation)
 _POLL_SECONDS = 0.02
+_MOST_CHARACTERS = 500
 _KINDS: dict[type, str] = {Hello: "query.hello", Update: "train", Evaluation: "evaluate"}
 
 
@@ -87,8 +88,21 @@ class GridLink:
 def _read(reply: type[_Reply], message: Message) -> Answer[_Reply]:
     node, size = message.metadata.src_node_id, size_of(message)
     if message.has_error():
-        return Answer(node, None, message.error.reason or f"error {message.error.code}", size)
+        reason = message.error.reason or f"error {message.error.code}"
+        return Answer(node, None, plain(reason), size)
     try:
         return Answer(node, from_record(reply, message.content), "", size)
     except FedtuneError as error:
-        return Answer(node, None, str(error), size)
+        return Answer(node, None, plain(str(error)), size)
+
+
+def plain(text: str) -> str:
+    r"""Make a client's words safe to show: printable, on one line, not too many.
+
+    Examples
+    --------
+    >>> plain("no\x1b[2J such\nfile")
+    'no?[2J such?file'
+    """
+    shown = text[:_MOST_CHARACTERS]
+    return "".join(letter if letter.isprintable() else "?" for letter in shown)

@@ -67,8 +67,12 @@ def save_result(tuned: Tuned, state: State, folder: RunFolder, clients: int) -> 
     )
     difference = verify_adapter(tuned, state, fresh)
     with storage(folder.adapter):
-        shutil.rmtree(folder.adapter, ignore_errors=True)
+        old = folder.path / ".adapter-old"
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.adapter.exists():
+            folder.adapter.rename(old)
         fresh.rename(folder.adapter)
+        shutil.rmtree(old, ignore_errors=True)
     return difference
 
 
@@ -128,6 +132,7 @@ def merged(tuned: Tuned, state: State) -> nn.Module:
     settings = copy.deepcopy(peft_settings(tuned.model))
     settings.r = settings.lora_alpha = max(ranks.values())
     settings.use_rslora = False
+    settings.init_lora_weights = True
     settings.rank_pattern = dict(ranks)
     settings.alpha_pattern = dict(ranks)
     model: Any = get_peft_model(share(tuned.base.model), settings)
@@ -156,7 +161,7 @@ def _card(tuned: Tuned, folder: RunFolder, clients: int, saved: nn.Module) -> st
 
 
 def _figure(row: Mapping[str, Any], key: str) -> str:
-    return f"{row[key]:.4g}" if key in row else "-"
+    return f"{row[key]:.4g}" if row.get(key) is not None else "-"
 
 
 def _snippet(tuned: Tuned) -> str:
@@ -169,13 +174,14 @@ def _snippet(tuned: Tuned) -> str:
             "from fedtune.config import ModelConfig",
             "from fedtune.models import load_base",
             f"base = load_base(ModelConfig(base={folder}, task={json.dumps(model.task)}, "
-            f"pooling={json.dumps(model.pooling)}), labels={tuned.labels!r})",
+            f"pooling={json.dumps(model.pooling)}), labels={tuned.labels!r}, "
+            f"seed={tuned.config.seed})",
             'model = PeftModel.from_pretrained(base.model, "adapter")',
         ]
     else:
         lines += [
             "from transformers import AutoModelForCausalLM",
-            f"base = AutoModelForCausalLM.from_pretrained({folder})",
+            f"base = AutoModelForCausalLM.from_pretrained({folder}, dtype='float32')",
             'model = PeftModel.from_pretrained(base, "adapter")',
         ]
     return "\n".join(lines)

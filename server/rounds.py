@@ -19,7 +19,7 @@ from fedtune.server.aggregate import Cohort, exact_residual
 from fedtune.server.check import problem_of, problem_of_evaluation
 from fedtune.server.checkpoint import State, latest, store
 from fedtune.server.events import ClientDone, Outcome, RoundDone, RoundStarted, Watcher
-from fedtune.server.link import Answer, Link
+from fedtune.server.link import Answer, Link, plain
 from fedtune.server.optimizer import step
 from fedtune.server.run_folder import RunFolder
 from fedtune.server.tuned import Tuned
@@ -102,6 +102,8 @@ def gather(link: Link, tuned: Tuned, watch: Watcher) -> tuple[Member, ...]:
         hello = answer.value
         if hello is None:
             problems[f"node {answer.node}"] = answer.problem
+        elif not hello.client or plain(hello.client) != hello.client:
+            problems[f"node {answer.node}"] = f"its name cannot be shown: {plain(hello.client)}"
         elif hello.fingerprint != tuned.fingerprint:
             problems[hello.client] = "holds another base model than the server"
         elif hello.client in members:

@@ -192,7 +192,7 @@ def reopen(path: Path, config: Config | None = None) -> RunFolder:
 def list_runs(root: Path) -> list[RunFolder]:
     """Return the runs under a folder, oldest first."""
     found = [RunFolder(p.parent) for p in root.glob("*/run.json")]
-    return sorted(found, key=lambda run: str(run.status().get("started", "")))
+    return sorted(found, key=lambda run: (str(run.status().get("started", "")), run.path.name))
 
 
 def find(name: str, root: Path) -> RunFolder:

@@ -86,6 +86,8 @@ def _failure_noted(folder: RunFolder) -> Iterator[None]:
     try:
         yield
     except FedtuneError as error:
+        if error.code == ExitCode.RESUME_REFUSED:
+            raise
         with contextlib.suppress(FedtuneError):
             folder.update_status(status="failed", reason=str(error))
         raise

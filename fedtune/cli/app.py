@@ -236,7 +236,7 @@ def _ending(path: Path, result: dict[str, Any]) -> str:
     lines = [
         f"{key:>10}: {result[f'base_{key}']:.4f} -> {result[key]:.4f}"
         for key in ("loss", "perplexity", "accuracy", "macro_f1")
-        if key in result and f"base_{key}" in result
+        if result.get(key) is not None and result.get(f"base_{key}") is not None
     ]
     return "\n".join(
         [*lines, f"   picture: {path / 'loss.png'}", f"   adapter: {path / 'adapter'}"]
@@ -276,9 +276,8 @@ def _reporting(out: Out) -> Iterator[Out]:
     except FedtuneError as error:
         raise typer.Exit(out.failure(error)) from None
     except KeyboardInterrupt:
-        stopped = FedtuneError(
-            "stopped", hint="go on with --resume latest", code=ExitCode.INTERRUPTED
-        )
+        hint = "go on with: fedtune simulate --resume latest" if out.command == "simulate" else ""
+        stopped = FedtuneError("stopped", hint=hint, code=ExitCode.INTERRUPTED)
         raise typer.Exit(out.failure(stopped)) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
