@@ -172,6 +172,7 @@ def _simulate(
 
     overrides = [*override, *([f"seed={seed}"] if seed is not None else [])]
     config, folder = _open(out, file, overrides, resume)
+    out.say("loading model and data, then measuring the base model ...")
     with following(config, out.people) as watch, open_loggers(config, folder) as log:
         federation = run_simulation(config, folder, _both(watch, log))
     for note in federation.notes:

@@ -36,7 +36,6 @@ class _Lines:
 
     def __init__(self, config: Config, console: Console) -> None:
         self._rounds, self._console = config.federation.rounds, console
-        console.print("loading model and data, then measuring the base model ...")
 
     def hear(self, event: Event) -> None:
         if isinstance(event, ClientDone) and event.outcome != "ok":

@@ -154,13 +154,14 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(
     _, result = finished
     lines = result.stderr.splitlines()
     assert lines[0].startswith("run folder: ")
-    assert re.fullmatch(r"base model: held-out \d+\.\d{4}, worst client \d+\.\d{4}", lines[1])
+    assert lines[1].startswith("loading model and data")
+    assert re.fullmatch(r"base model: held-out \d+\.\d{4}, worst client \d+\.\d{4}", lines[2])
     line = (
         r"round {}/3: 4 ok, 0 late, 0 failed; train loss \d+\.\d{{4}}, held-out loss "
         r"\d+\.\d{{4}}, worst client \d+\.\d{{4}}; 0\.82 MB in \d+\.\d s"
     )
     for number in (1, 2, 3):
-        assert re.fullmatch(line.format(number), lines[1 + number]), lines[1 + number]
+        assert re.fullmatch(line.format(number), lines[2 + number]), lines[2 + number]
     assert "\x1b" not in result.stderr
 
 
