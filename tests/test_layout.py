@@ -307,7 +307,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _install(wheel: Path, *where: str, python: str = sys.executable) -> None:
     pip = ("-m", "pip", "--disable-pip-version-check", "--python", python, "install")
-    _python(*pip, "--quiet", "--no-deps", "--no-index", *where, str(wheel))
+    # An egg-info beside the tests would count as installed already.
+    _python(*pip, "--quiet", "--ignore-installed", "--no-deps", "--no-index", *where, str(wheel))
 
 
 @pytest.fixture(scope="module")
