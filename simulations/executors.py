@@ -8,6 +8,7 @@ each of them once, however many clients it is for.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import queue
@@ -216,12 +217,20 @@ def _serve(pipe: Connection, name: str, make_app: Callable[[], ClientApp]) -> No
     threading.Thread(target=_end_with_parent, daemon=True).start()
     app, channel = make_app(), Channel(pipe, name)
     contexts: dict[int, Context] = {}
+    give_back = _freed_memory()
     with contextlib.suppress(EOFError, OSError):
         while True:
             message = channel.receive()
             node = message.metadata.dst_node_id
             context = contexts.setdefault(node, context_of(node))
             channel.send(answer_of(app, message, context))
+            give_back()
+
+
+def _freed_memory() -> Callable[[], object]:
+    """Return what gives freed memory back to the system; glibc else keeps it for later."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return (lambda: trim(0)) if trim is not None else (lambda: None)
 
 
 def _end_with_parent() -> None:
