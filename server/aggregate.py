@@ -119,8 +119,7 @@ class Cohort:
         """Return, per layer, the exact mean product minus that of ``adapter``."""
         found: Residual = {}
         for pair in self.pairs:
-            scaled = adapter[pair.b] * np.float32(self.weight * pair.scale)
-            u, v = self._products[pair.layer].minus(scaled, adapter[pair.a])
+            u, v = self._gap(pair, adapter)
             found[pair.layer] = ((u / self.weight).astype(np.float32), v.astype(np.float32))
         return found
 
@@ -131,11 +130,15 @@ class Cohort:
         """
         error, size = 0.0, 0.0
         for pair in self.pairs:
-            scaled = adapter[pair.b] * np.float32(self.weight * pair.scale)
-            u, v = self._products[pair.layer].minus(scaled, adapter[pair.a])
+            u, v = self._gap(pair, adapter)
             error += product_norm(u, v) ** 2
             size += self._products[pair.layer].norm() ** 2
         return float(np.sqrt(error / size)) if size > _TINY else 0.0
+
+    def _gap(self, pair: Pair, adapter: Tensors) -> tuple[Array, Array]:
+        """Return factors of the summed products of one layer minus those of ``adapter``."""
+        scaled = adapter[pair.b] * np.float32(self.weight * pair.scale)
+        return self._products[pair.layer].minus(scaled, adapter[pair.a])
 
 
 def product_norm(u: Array, v: Array) -> float:

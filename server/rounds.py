@@ -190,14 +190,14 @@ def _attempt(
     done = Round(Cohort(state.adapter, tuned.pairs), row)
     for member, answer in _in_order(chosen, answers):
         outcome, reason = _take(done, answer, task, state, config)
+        up = answer.bytes_up if answer else 0
         done.clients.append(
             {
                 "round": number, "client": member.client, "outcome": outcome, "reason": reason,
-                "bytes_down": size, "bytes_up": answer.bytes_up if answer else 0,
+                "bytes_down": size, "bytes_up": up,
                 "seconds": round(time.monotonic() - started, 3),
             } | _facts(answer)
         )  # fmt: skip
-        up = answer.bytes_up if answer else 0
         watch(ClientDone(number, member.client, outcome, reason, up))
     outcomes = [entry["outcome"] for entry in done.clients]
     row |= {f"clients_{kind}": outcomes.count(kind) for kind in ("ok", "late", "failed", "dropped")}
