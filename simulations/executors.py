@@ -28,6 +28,7 @@ from fedtune.simulations.channel import Channel
 __all__ = ["Executor", "ProcessExecutor", "ThreadExecutor", "context_of"]
 
 _RAISED, _DIED = 2, 8
+_PATIENCE = 2.0
 Deliver = Callable[[Message, Message], None]
 """Takes the question and the answer."""
 
@@ -80,6 +81,7 @@ class ThreadExecutor:
     _inbox: queue.SimpleQueue[Message | None] = field(default_factory=queue.SimpleQueue)
     _contexts: dict[int, Context] = field(default_factory=dict)
     _busy: dict[int, Message] = field(default_factory=dict)
+    _threads: list[threading.Thread] = field(default_factory=list)
     _closed: threading.Event = field(default_factory=threading.Event)
     _deliver: Deliver | None = None
 
@@ -95,13 +97,20 @@ class ThreadExecutor:
         self._inbox.put(message)
 
     def close(self) -> None:
-        """Let idle threads end; stuck ones are daemons."""
+        """Let threads end, and wait a little: one that still frees tensors when the
+        interpreter goes would abort the process. Stuck ones are daemons.
+        """
         self._closed.set()
-        for _ in range(self.workers):
+        for _ in self._threads:
             self._inbox.put(None)
+        end = time.monotonic() + _PATIENCE
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
 
     def _hire(self) -> None:
-        threading.Thread(target=self._work, daemon=True).start()
+        thread = threading.Thread(target=self._work, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _work(self) -> None:
         me = threading.get_ident()

@@ -110,10 +110,10 @@ class LocalGrid(Grid):
 
     def close(self) -> None:
         """Stop the executor."""
-        self._executor.close()
         # Clients held back by unpulled replies must be able to end.
         for _ in range(len(self._asked) + 1):
             self._room.release()
+        self._executor.close()
 
     def _deliver(self, question: Message, answer: Message) -> None:
         self._room.acquire()
