@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -10,9 +13,12 @@ from flwr.clientapp import ClientApp
 
 from fedtune.client.worker import Worker
 from fedtune.config import Config
+from fedtune.errors import ExitCode, FedtuneError
 from fedtune.wire import Task, from_record, to_record
 
 __all__ = ["make_client_app", "worker_for"]
+
+_TOLD = frozenset({ExitCode.BUDGET_EXHAUSTED, ExitCode.LEDGER})
 
 _lock = threading.Lock()
 _current: list[Worker] = []
@@ -49,22 +55,49 @@ def make_client_app(config: Config, folder: Path | None = None) -> ClientApp:
 
     @app.query("hello")
     def hello(message: Message, context: Context) -> Message:
-        answer = worker_for(config, folder).hello(_index(context))
+        with _discreet(config, folder, context):
+            begun = from_record(Task, message.content).round if len(message.content) else 0
+            answer = worker_for(config, folder).hello(_index(context), begun)
         return Message(to_record(answer), reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         task = from_record(Task, message.content)
-        answer = worker_for(config, folder).train(_index(context), task)
+        with _discreet(config, folder, context):
+            answer = worker_for(config, folder).train(_index(context), task)
         return Message(to_record(answer), reply_to=message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         task = from_record(Task, message.content)
-        answer = worker_for(config, folder).evaluate(_index(context), task)
+        with _discreet(config, folder, context):
+            answer = worker_for(config, folder).evaluate(_index(context), task)
         return Message(to_record(answer), reply_to=message)
 
     return app
+
+
+@contextlib.contextmanager
+def _discreet(config: Config, folder: Path | None, context: Context) -> Iterator[None]:
+    """Under a privacy promise, keep the words of a failure at home: they may quote rows.
+
+    What a budget or a promise refuses says nothing about rows, and is told.
+    """
+    try:
+        yield
+    except Exception as error:
+        told = isinstance(error, FedtuneError) and error.code in _TOLD
+        if not config.privacy.on or told:
+            raise
+        note = "see errors.log in the client's folder"
+        if folder is not None:
+            home = folder / f"{_index(context):06d}"
+            home.mkdir(parents=True, exist_ok=True)
+            with (home / "errors.log").open("a", encoding="utf-8") as log:
+                log.write("".join(traceback.format_exception(error)))
+        raise FedtuneError(
+            f"the client failed; what happened stays there ({note})", code=ExitCode.ENGINE
+        ) from None
 
 
 def _index(context: Context) -> int:

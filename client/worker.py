@@ -19,14 +19,17 @@ from torch import nn
 from fedtune.adapters import Tensors, attach, read, write
 from fedtune.client.backprop import optimizer, tune
 from fedtune.client.memory import recall, remember
+from fedtune.client.private import Guard, clip_after, clip_before, open_guard, tune_privately
 from fedtune.config import Config
 from fedtune.data import Encoded, Federation, Shard, encode, load
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.measure import measure
 from fedtune.models import Base, fingerprint, load_base, require_context, settings_of, share
+from fedtune.privacy.per_example import PerExample
+from fedtune.privacy.plan import noise_source
 from fedtune.residual import set_residual, split
 from fedtune.seeds import derive
-from fedtune.wire import Evaluation, Hello, Task, Update
+from fedtune.wire import WITHHELD, Evaluation, Hello, Task, Update
 
 __all__ = ["Worker"]
 
@@ -49,6 +52,7 @@ class Worker:
     federation: Federation = field(init=False)
     base: Base = field(init=False)
     fingerprint: str = field(init=False)
+    guard: Guard | None = field(init=False)
     _first: nn.Module = field(init=False)
     _models: threading.local = field(init=False, default_factory=threading.local)
     _encoded: OrderedDict[tuple[str, bool], Encoded] = field(
@@ -64,6 +68,7 @@ class Worker:
         require_context(self.base, config)
         self._first = attach(self.base, config.tuning, config.model.task, config.seed)
         self.fingerprint = fingerprint(self._first)
+        self.guard = open_guard(config)
 
     def shard(self, index: int) -> Shard:
         """Return the data of client ``index``."""
@@ -81,10 +86,20 @@ class Worker:
         rates += [p.p for p in self._first.modules() if isinstance(p, nn.Dropout)]
         return any(rate > 0 for rate in rates)
 
-    def hello(self, index: int) -> Hello:
-        """Say who client ``index`` is and which model it holds."""
-        shard = self.shard(index)
-        return Hello(shard.name, len(shard.train), self.fingerprint)
+    def hello(self, index: int, begun: int = 0) -> Hello:
+        """Say who client ``index`` is and which model it holds.
+
+        Raises
+        ------
+        FedtuneError
+            The rounds after ``begun`` would pass the owner's cap.
+        """
+        shard, privacy = self.shard(index), self.config.privacy
+        if self.guard is not None:
+            self.guard.require_room(shard.name, begun)
+        # The number of rows is a figure on private data: under a promise it stays here.
+        rows = 0 if privacy.on else len(shard.train)
+        return Hello(shard.name, rows, self.fingerprint)
 
     def train(self, index: int, task: Task) -> Update:
         """Tune on one client's rows and return the difference.
@@ -95,7 +110,13 @@ class Worker:
             The client has no usable row, or its update is not finite.
         """
         shard, config = self.shard(index), self.config
+        if self.guard is not None:
+            return self._train_privately(self.guard, index, shard, task)
         encoded = self._encode(shard, held=False)
+        if not encoded.ids and config.privacy.client is not None:
+            # Who has nothing to say adds nothing; a failure would tell it to all.
+            nothing = {name: np.zeros_like(value) for name, value in split(task.tensors)[0].items()}
+            return Update(task.round, task.attempt, 1, 0, 0, WITHHELD, nothing)
         if not encoded.ids:
             raise FedtuneError(
                 f"client '{shard.name}' has no usable row among {len(shard.train)}",
@@ -104,14 +125,9 @@ class Worker:
             )
         model = self._load(task.tensors)
         optim = optimizer(model, config.tuning, task.lr)
-        # By number: a client's name may hold any character.
-        home = (
-            self.folder / f"{index:06d}" if self.folder and config.tuning.keep_optimizer else None
-        )
+        home = self._home(index) if config.tuning.keep_optimizer else None
         if home:
-            recall(home, optim, before=task.round, committed=task.committed)
-            for group in optim.param_groups:
-                group["lr"] = task.lr
+            _go_on(home, optim, task)
         # The attempt is left out: a round tried again trains its clients alike.
         seed = derive(config.seed, "train", shard.name, task.round)
         before = read(model)
@@ -129,13 +145,59 @@ class Worker:
             )
         if home:
             remember(home, optim, after=task.round)
+        if config.privacy.on:
+            return Update(task.round, task.attempt, 1, 0, 0, WITHHELD, delta)
         return Update(
             round=task.round, attempt=task.attempt, examples=len(encoded.ids), steps=ran.steps,
             truncated=encoded.truncated, loss=ran.loss, tensors=delta,
         )  # fmt: skip
 
+    def _train_privately(self, guard: Guard, index: int, shard: Shard, task: Task) -> Update:
+        """Tune under the example-level promise: charged first, and no figure leaves."""
+        config, home = self.config, self._home(index)
+        promise, default = guard.promise, guard.promise.settings.clip_norm
+        adaptive = promise.settings.clip == "quantile" and home is not None
+        clip_norm = clip_before(home, task.round, default) if adaptive and home else default
+        source = noise_source(
+            config, "client", shard.name, task.job, task.round, task.attempt
+        )  # fmt: skip
+        facts = {"noise": source.name, "clip": promise.settings.clip, "clip_norm": default}
+        reservation = guard.reserve(shard.name, task, facts)
+        encoded = self._encode(shard, held=False)
+        model = self._load(task.tensors)
+        optim = optimizer(model, config.tuning, task.lr)
+        kept = home if config.tuning.keep_optimizer else None
+        if kept:
+            _go_on(kept, optim, task)
+        torch.manual_seed(derive(config.seed, "train", shard.name, task.round))
+        before = read(model)
+        after_norm = tune_privately(
+            model, self._engine(model), encoded, config, promise, optim, source,
+            clip_norm=clip_norm, pad_id=self.base.pad_id,
+        )  # fmt: skip
+        after = read(model)
+        if kept:
+            remember(kept, optim, after=task.round)
+        if adaptive and home:
+            clip_after(home, task.round, after_norm, task.committed)
+        guard.ledger.release(reservation)
+        delta = {name: after[name] - before[name] for name in before}
+        return Update(task.round, task.attempt, 1, 0, 0, WITHHELD, delta)
+
     def evaluate(self, index: int, task: Task) -> Evaluation:
-        """Measure the adapter of ``task`` on one client's held-out rows."""
+        """Measure the adapter of ``task`` on one client's held-out rows.
+
+        Raises
+        ------
+        FedtuneError
+            A privacy promise covers the rows: scores would be releases.
+        """
+        if self.config.privacy.on:
+            raise FedtuneError(
+                "scores on private rows are releases that no budget covers",
+                hint="measure on a public file: data.eval",
+                code=ExitCode.PRIVACY,
+            )
         encoded = self._encode(self.shard(index), held=True)
         limit = self.config.evaluation.max_examples
         if limit:
@@ -160,6 +222,19 @@ class Worker:
         write(model, adapter)
         return model
 
+    def _home(self, index: int) -> Path | None:
+        """Return a client's own folder, by number: its name may hold any character."""
+        return self.folder / f"{index:06d}" if self.folder else None
+
+    def _engine(self, model: nn.Module) -> PerExample:
+        """Return this thread's per-example engine, proved right on public tokens."""
+        engine: PerExample | None = getattr(self._models, "engine", None)
+        if engine is None:
+            engine = PerExample(model)
+            engine.prove(self.config.model.task)
+            self._models.engine = engine
+        return engine
+
     def _model(self) -> nn.Module:
         """Return this thread's model; threads share every frozen tensor."""
         model: nn.Module | None = getattr(self._models, "model", None)
@@ -183,3 +258,10 @@ class Worker:
             while len(self._encoded) > _CACHED_CLIENTS:
                 self._encoded.popitem(last=False)
             return self._encoded[key]
+
+
+def _go_on(home: Path, optim: torch.optim.Optimizer, task: Task) -> None:
+    """Load the optimiser's state of the round before, with this round's learning rate."""
+    recall(home, optim, before=task.round, committed=task.committed)
+    for group in optim.param_groups:
+        group["lr"] = task.lr

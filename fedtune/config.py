@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fedtune.config_privacy import PrivacyConfig
+
 __all__ = [
     "SCHEMA",
     "Config",
@@ -21,6 +23,7 @@ __all__ = [
     "ModelConfig",
     "OutputConfig",
     "PartitionConfig",
+    "PrivacyConfig",
     "ServerOptimizerConfig",
     "TuningConfig",
 ]
@@ -250,6 +253,7 @@ class Config(BaseModel):
     data: DataConfig = DataConfig()
     tuning: TuningConfig = TuningConfig()
     federation: FederationConfig = FederationConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     engine: EngineConfig = EngineConfig()
     output: OutputConfig = OutputConfig()
@@ -268,4 +272,51 @@ class Config(BaseModel):
                     "federation.aggregation='fedex' is exact for tuning.adapter='lora' with no "
                     "server optimizer; other adapters average exactly or not at all"
                 )
+        if self.privacy.on:
+            _require_private(self)
         return self
+
+
+def _require_private(config: Config) -> None:
+    """Refuse what would release more than the mechanism accounts for."""
+    federation, data = config.federation, config.data
+    wanted: list[tuple[bool, str]] = [
+        (federation.weighting == "uniform",
+         "federation.weighting='uniform': weights by the number of examples are private and "
+         "undo the noise"),
+        (config.evaluation.clients == 0,
+         "evaluation.clients=0: scores on private rows are releases; measure on a public file "
+         "(data.eval)"),
+        (data.kind != "classification" or bool(data.labels),
+         "data.labels: a label set found in the data is a release"),
+    ]  # fmt: skip
+    if config.privacy.example is not None:
+        batch = config.tuning.batch_size * config.tuning.accumulate
+        population = config.privacy.example.population
+        wanted += [
+            (data.kind != "text" or not data.pack,
+             "data.pack=false: in packed blocks one row moves all that follow"),
+            (data.holdout == 0,
+             "data.holdout=0: which rows are held out depends on their number"),
+            (data.max_rows == 0,
+             "data.max_rows=0: a row that goes would bring in another"),
+            (batch <= population,
+             f"privacy.example.population of at least the batch, {batch}"),
+        ]  # fmt: skip
+        if config.privacy.example.sampler == "everyone":
+            wanted.append(
+                (batch == population,
+                 "tuning.batch_size * tuning.accumulate = privacy.example.population with "
+                 "sampler='everyone'")
+            )  # fmt: skip
+    if config.privacy.client is not None:
+        wanted += [
+            (federation.aggregation == "mean",
+             "federation.aggregation='mean': the residual of 'fedex' has no noise"),
+            (federation.cohort <= config.privacy.client.population,
+             "federation.cohort of at most privacy.client.population"),
+            (config.privacy.client.sampler != "everyone" or federation.cohort == 1.0,
+             "federation.cohort=1.0 with privacy.client.sampler='everyone'"),
+        ]  # fmt: skip
+    if broken := [rule for holds, rule in wanted if not holds]:
+        raise ValueError("privacy needs " + "; and ".join(broken))

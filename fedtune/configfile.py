@@ -8,10 +8,11 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from fedtune.config import SCHEMA, Config
 from fedtune.errors import ExitCode, FedtuneError
@@ -89,7 +90,7 @@ def parse(table: Mapping[str, Any], base: Path | None = None) -> Config:
 
 def dumps(config: Config) -> str:
     """Return the effective settings as TOML; ``parse`` gives the same value back."""
-    return tomli_w.dumps(config.model_dump(mode="json", by_alias=True))
+    return tomli_w.dumps(config.model_dump(mode="json", by_alias=True, exclude_none=True))
 
 
 def difference(old: Config, new: Config) -> tuple[str, ...]:
@@ -149,15 +150,24 @@ def _nearest(place: tuple[int | str, ...]) -> str:
     here: type[BaseModel] = Config
     for name in place[:-1]:
         field = next((f for k, f in here.model_fields.items() if name in (k, f.alias)), None)
-        if field is None or not isinstance(field.annotation, type):
+        found = [kind for kind in _kinds(field) if issubclass(kind, BaseModel)]
+        if not found:
             return ""
-        here = field.annotation
+        here = found[0]
     wrong, near = str(place[-1]), [field.alias or key for key, field in here.model_fields.items()]
     if close := difflib.get_close_matches(wrong, near, n=1, cutoff=0.6):
         return f" (did you mean '{close[0]}'?)"
     everywhere = list(_flat(Config().model_dump(by_alias=True)))
     elsewhere = [key for key in everywhere if key.rpartition(".")[2] == wrong]
     return f" (did you mean '{elsewhere[0]}'?)" if elsewhere else f" (known: {', '.join(near)})"
+
+
+def _kinds(field: FieldInfo | None) -> list[type]:
+    """Return the classes a field may hold; a table that may be left out has two."""
+    if field is None:
+        return []
+    kinds = get_args(field.annotation) or (field.annotation,)
+    return [kind for kind in kinds if isinstance(kind, type)]
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -178,7 +188,11 @@ def _with_paths(config: Config, base: Path) -> Config:
         }
     )
     model = config.model.model_copy(update={"base": _resolve_model(config.model.base, base)})
-    return config.model_copy(update={"data": data, "model": model})
+    privacy = config.privacy
+    if privacy.ledger and "://" not in privacy.ledger:
+        ledger = _resolve(privacy.ledger, base)
+        privacy = privacy.model_copy(update={"ledger": ledger})
+    return config.model_copy(update={"data": data, "model": model, "privacy": privacy})
 
 
 def _resolve(text: str, base: Path) -> str:

@@ -28,6 +28,9 @@ class ExitCode(IntEnum):
     STORAGE = 22
     ADAPTER_MISMATCH = 23
     BUDGET_EXHAUSTED = 30
+    PRIVACY = 31
+    LEDGER = 32
+    SIGNATURE = 33
     INTERRUPTED = 130
 
 

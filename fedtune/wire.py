@@ -25,9 +25,11 @@ from fedtune.errors import ExitCode, FedtuneError
 from fedtune.measure import Counts
 
 __all__ = [
+    "BUDGET",
     "Evaluation",
     "Hello",
     "Task",
+    "WITHHELD",
     "Update",
     "from_record",
     "pack_tensors",
@@ -35,6 +37,12 @@ __all__ = [
     "to_record",
     "unpack_tensors",
 ]
+
+WITHHELD = -1.0
+"""Stands for a figure that stays with the client: no loss is negative."""
+
+BUDGET = "budget exhausted"
+"""Begins the reason of a client whose own ledger refuses."""
 
 _FIELDS, _TENSORS = "fields", "tensors"
 _STYPE = "safetensors"
@@ -64,6 +72,8 @@ class Task:
         Learning rate of this round.
     tensors : Tensors
         Trainable parameters by name, and the residual under ``residual/``.
+    job : str
+        The run. A client's ledger charges each round of a job once.
     """
 
     round: int
@@ -71,6 +81,7 @@ class Task:
     committed: int
     lr: float
     tensors: Tensors
+    job: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,7 +93,7 @@ class Update:
     examples : int
         Examples in one pass over the client's data: its weight.
     loss : float
-        Mean training loss. Not private; it stays out of anything released.
+        Mean training loss; ``WITHHELD`` where a privacy promise covers the data.
     tensors : Tensors
         New parameters minus those of the task, same names and shapes.
     """

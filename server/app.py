@@ -12,9 +12,11 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedtune.config import Config
 from fedtune.errors import FedtuneError
+from fedtune.server.disclose import disclose
 from fedtune.server.events import Watcher
 from fedtune.server.link import GridLink
 from fedtune.server.picture import draw
+from fedtune.server.private import open_central
 from fedtune.server.result import save_result
 from fedtune.server.rounds import run_rounds
 from fedtune.server.run_folder import RunFolder
@@ -81,7 +83,9 @@ def _run(
     folder.update_status(status="running", reason="")
     tuned = load_tuned(config, labels)
     link = GridLink(grid)
-    state = run_rounds(link, tuned, folder, watch)
+    central = open_central(config, folder.job())
+    state = run_rounds(link, tuned, folder, watch, central)
+    disclose(tuned, folder)
     difference = save_result(tuned, state, folder, clients=len(link.nodes()))
     draw(folder)
     folder.update_status(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedtune.adapters import Tensors
-from fedtune.wire import Evaluation, Task, Update
+from fedtune.wire import WITHHELD, Evaluation, Task, Update
 
 __all__ = ["problem_of", "problem_of_evaluation"]
 
@@ -15,7 +15,7 @@ _LARGEST = 1e9
 """No training step is larger; with weights up to 1e9 the float32 sums stay finite."""
 
 
-def problem_of(update: Update, task: Task, adapter: Tensors) -> str:
+def problem_of(update: Update, task: Task, adapter: Tensors, *, private: bool = False) -> str:
     """Return what is wrong with an update, or an empty string.
 
     Parameters
@@ -25,6 +25,8 @@ def problem_of(update: Update, task: Task, adapter: Tensors) -> str:
         What it answers.
     adapter : Tensors
         The parameters it must match in names, shapes and type.
+    private : bool
+        A privacy promise covers the data: figures about it must not be there.
     """
     if (update.round, update.attempt) != (task.round, task.attempt):
         return (
@@ -32,7 +34,10 @@ def problem_of(update: Update, task: Task, adapter: Tensors) -> str:
         )
     if not 1 <= update.examples <= _MOST_EXAMPLES:
         return f"examples={update.examples} is not a weight"
-    if not 0 <= update.loss <= _LARGEST:
+    figures = (update.examples, update.steps, update.truncated, update.loss)
+    if private and figures != (1, 0, 0, WITHHELD):
+        return "carries figures on private rows that no privacy budget covers"
+    if not private and not 0 <= update.loss <= _LARGEST:
         return f"loss={update.loss:g} is not a loss"
     if update.tensors.keys() != adapter.keys():
         odd = sorted(update.tensors.keys() ^ adapter.keys())

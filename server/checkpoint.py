@@ -28,6 +28,8 @@ class State:
         Last finished round; 0 is the fresh adapter.
     fingerprint : str
         Of the frozen weights that the adapter belongs to.
+    clip_norm : float
+        Client-level privacy: of the next round, where the quantile rule moves it.
     """
 
     round: int
@@ -35,6 +37,7 @@ class State:
     fingerprint: str
     residual: Residual = field(default_factory=dict)
     moments: Moments = field(default_factory=Moments)
+    clip_norm: float = 0.0
 
     def tensors(self) -> Tensors:
         """Return what is sent to clients."""
@@ -50,6 +53,7 @@ def store(folder: RunFolder, state: State, keep: int) -> None:
     }
     flat = {f"{part}:{name}": v for part, tensors in parts.items() for name, v in tensors.items()}
     note = {"round": str(state.round), "fingerprint": state.fingerprint}
+    note |= {"clip_norm": repr(state.clip_norm)} if state.clip_norm else {}
     write_atomic(folder.checkpoints / f"round-{state.round:06d}.safetensors", save(flat, note))
     for old in _rounds(folder)[:-keep]:
         _path(folder, old).unlink(missing_ok=True)
@@ -80,7 +84,8 @@ def latest(folder: RunFolder, fingerprint: str) -> State | None:
         parts[part][rest] = value
     adapter, residual = split(parts["model"])
     moments = Moments(parts["first"], parts["second"])
-    return State(int(note["round"]), adapter, fingerprint, residual, moments)
+    norm = float(note.get("clip_norm", 0.0))
+    return State(int(note["round"]), adapter, fingerprint, residual, moments, norm)
 
 
 def _path(folder: RunFolder, number: int) -> Path:

@@ -18,10 +18,12 @@ from jinja2 import Environment
 from torch import nn
 
 from fedtune.adapters import Tensors, peft_settings, trainable
+from fedtune.config import Config
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.files import storage, write_atomic, write_json
 from fedtune.models import share
 from fedtune.server.checkpoint import State
+from fedtune.server.disclose import statement_of
 from fedtune.server.run_folder import RunFolder
 from fedtune.server.tuned import Tuned
 
@@ -56,15 +58,9 @@ def save_result(tuned: Tuned, state: State, folder: RunFolder, clients: int) -> 
         warnings.simplefilter("ignore")
         peft_settings(saved).base_model_name_or_path = tuned.config.model.base
         saved.save_pretrained(str(fresh), save_embedding_layers=False)  # type: ignore[operator]
-    write_atomic(fresh / "README.md", _card(tuned, folder, clients, saved).encode())
-    write_json(
-        fresh / "privacy.json",
-        {
-            "schema": 1,
-            "differential_privacy": False,
-            "statement": "Trained without differential privacy. No bound on what it reveals.",
-        },
-    )
+    statement, told = statement_of(folder)
+    write_atomic(fresh / "README.md", _card(tuned, folder, clients, saved, told).encode())
+    write_json(fresh / "privacy.json", statement)
     difference = verify_adapter(tuned, state, fresh)
     with storage(folder.adapter):
         old = folder.path / ".adapter-old"
@@ -142,7 +138,7 @@ def merged(tuned: Tuned, state: State) -> nn.Module:
     return model.eval()  # type: ignore[no-any-return]
 
 
-def _card(tuned: Tuned, folder: RunFolder, clients: int, saved: nn.Module) -> str:
+def _card(tuned: Tuned, folder: RunFolder, clients: int, saved: nn.Module, told: list[str]) -> str:
     rows = folder.metrics()
     template = (files("fedtune") / "assets" / "templates" / "adapter_card.md.j2").read_text()
     config = tuned.config
@@ -152,12 +148,18 @@ def _card(tuned: Tuned, folder: RunFolder, clients: int, saved: nn.Module) -> st
         name=config.name, base=config.model.base, adapter=config.tuning.adapter,
         method=f"{config.tuning.method} ({config.tuning.optimizer})", seed=config.seed,
         parameters=sum(p.numel() for p in trainable(saved).values()), version=version("fedtune"),
-        clients=clients, rounds=last["round"], aggregation=config.federation.aggregation,
+        clients=_clients(config, clients), rounds=last["round"],
+        aggregation=config.federation.aggregation,
         bytes=sum(row.get("bytes_down", 0) + row.get("bytes_up", 0) for row in rows),
         figures=[(label, _figure(first, key), _figure(last, key)) for key, label in _SHOWN
                  if key in last],
-        snippet=_snippet(tuned),
+        snippet=_snippet(tuned), told=told,
     )  # fmt: skip
+
+
+def _clients(config: Config, clients: int) -> int:
+    """Return how many clients the card names: under a promise about them, the public number."""
+    return config.privacy.client.population if config.privacy.client else clients
 
 
 def _figure(row: Mapping[str, Any], key: str) -> str:

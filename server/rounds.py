@@ -13,6 +13,8 @@ import numpy as np
 from fedtune.config import Config, TuningConfig
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.measure import Counts, add, scores
+from fedtune.privacy.accounting import epsilon_of_rdp, rdp
+from fedtune.privacy.plan import Promise, promises
 from fedtune.resources import memory_mb
 from fedtune.seeds import derive
 from fedtune.server.aggregate import Cohort, exact_residual
@@ -21,9 +23,10 @@ from fedtune.server.checkpoint import State, latest, store
 from fedtune.server.events import ClientDone, Outcome, RoundDone, RoundStarted, Watcher
 from fedtune.server.link import Answer, Link, plain
 from fedtune.server.optimizer import step
+from fedtune.server.private import Central, PrivateSum
 from fedtune.server.run_folder import RunFolder
 from fedtune.server.tuned import Tuned
-from fedtune.wire import Evaluation, Hello, Task, Update
+from fedtune.wire import BUDGET, Evaluation, Hello, Task, Update
 
 __all__ = ["Member", "cohort_of", "gather", "learning_rate", "run_rounds"]
 
@@ -41,8 +44,9 @@ class Member:
 class Round:
     """What one attempt at a round collected, before it counts."""
 
-    cohort: Cohort
+    cohort: Cohort | PrivateSum
     row: dict[str, Any]
+    private: bool = False
     clients: list[dict[str, Any]] = field(default_factory=list)
     losses: list[tuple[int, float]] = field(default_factory=list)
 
@@ -52,7 +56,9 @@ class Round:
         return "; ".join(f"{e['client']}: {reason}" for reason, e in list(reasons.items())[:3])
 
 
-def run_rounds(link: Link, tuned: Tuned, folder: RunFolder, watch: Watcher) -> State:
+def run_rounds(
+    link: Link, tuned: Tuned, folder: RunFolder, watch: Watcher, central: Central | None = None
+) -> State:
     """Run the federation from its last committed round to its end.
 
     Parameters
@@ -63,6 +69,8 @@ def run_rounds(link: Link, tuned: Tuned, folder: RunFolder, watch: Watcher) -> S
         New, or that of a run to go on with.
     watch : callable
         Hears every event; it must not change anything.
+    central : Central or None
+        Keeps a promise of client-level privacy.
 
     Raises
     ------
@@ -70,18 +78,21 @@ def run_rounds(link: Link, tuned: Tuned, folder: RunFolder, watch: Watcher) -> S
         No client, another base model at a client, or too few answers
         (``ExitCode.QUORUM``). Committed rounds are kept.
     """
-    config = tuned.config
-    members = gather(link, tuned, watch)
+    config, job = tuned.config, folder.job()
+    # A client charges an attempt once, so attempts of a lost session are not used again.
+    first = folder.begin_session() * (config.federation.retries + 1) if config.privacy.on else 0
     state = latest(folder, tuned.fingerprint)
+    members = gather(link, tuned, watch, Task(state.round if state else 0, 0, 0, 0.0, {}, job))
     folder.forget_after(state.round if state else -1)
     if state is None:
         state = tuned.start()
         row = {"round": 0, "memory_mb": memory_mb()} | _evaluated(link, tuned, state, members)
         _commit(folder, config, state, row, [], watch)
+    bounds = promises(config)
     while state.round < config.federation.rounds:
         started = time.monotonic()
-        state, done = _one_round(link, tuned, state, members, watch)
-        row = done.row
+        state, done = _one_round(link, tuned, state, members, watch, Asking(job, first, central))
+        row = done.row | _bounds(bounds, state.round)
         if _is_due(state.round, config):
             row |= _evaluated(link, tuned, state, members)
         row |= {"seconds": round(time.monotonic() - started, 3), "memory_mb": memory_mb()}
@@ -89,13 +100,16 @@ def run_rounds(link: Link, tuned: Tuned, folder: RunFolder, watch: Watcher) -> S
     return state
 
 
-def gather(link: Link, tuned: Tuned, watch: Watcher) -> tuple[Member, ...]:
+def gather(
+    link: Link, tuned: Tuned, watch: Watcher, begun: Task | None = None
+) -> tuple[Member, ...]:
     """Ask every node who it is; return members sorted by client name.
 
     A node that fails, holds another base model, or takes a name that another node
-    has, is left out, and ``watch`` hears why.
+    has, is left out, and ``watch`` hears why. ``begun`` says which job it is and how far:
+    a client may refuse a plan that its owner's cap does not allow.
     """
-    _, answers = link.ask(Hello, link.nodes(), None, tuned.config.federation.deadline)
+    _, answers = link.ask(Hello, link.nodes(), begun, tuned.config.federation.deadline)
     members: dict[str, Member] = {}
     problems: dict[str, str] = {}
     for answer in sorted(answers, key=lambda one: one.node):
@@ -112,6 +126,12 @@ def gather(link: Link, tuned: Tuned, watch: Watcher) -> tuple[Member, ...]:
             members[hello.client] = Member(hello.client, answer.node, hello.rows)
     for client, reason in problems.items():
         watch(ClientDone(0, client, "failed", reason, 0))
+    if not members and problems and all(BUDGET in reason for reason in problems.values()):
+        raise FedtuneError(
+            f"no client's budget allows this run: {next(iter(problems.values()))}",
+            hint="fewer rounds or more noise; or the owners decide: fedtune budget set",
+            code=ExitCode.BUDGET_EXHAUSTED,
+        )
     if not members:
         shown = [f"{client}: {reason}" for client, reason in problems.items()]
         raise FedtuneError(
@@ -156,17 +176,41 @@ def learning_rate(tuning: TuningConfig, number: int, rounds: int) -> float:
     return tuning.lr * shape[tuning.schedule](done)
 
 
+@dataclass(frozen=True)
+class Asking:
+    """What a round needs besides the state: whose it is, and who keeps its promise."""
+
+    job: str
+    first: int
+    central: Central | None
+
+
 def _one_round(
-    link: Link, tuned: Tuned, state: State, members: tuple[Member, ...], watch: Watcher
-) -> tuple[State, Round]:
+    link: Link, tuned: Tuned, state: State, members: tuple[Member, ...], watch: Watcher,
+    asking: Asking,
+) -> tuple[State, Round]:  # fmt: skip
     """Try a round until enough clients answer well."""
-    federation = tuned.config.federation
-    for attempt in range(federation.retries + 1):
-        chosen = cohort_of(members, tuned.config, state.round + 1, attempt)
-        done = _attempt(link, tuned, state, chosen, attempt, watch)
-        needed = max(1, math.ceil(federation.quorum * len(chosen)))
+    federation, central = tuned.config.federation, asking.central
+    for attempt in range(asking.first, asking.first + federation.retries + 1):
+        reservation = central.reserve(state.round + 1) if central else None
+        chosen = (
+            central.draw(members) if central
+            else list(cohort_of(members, tuned.config, state.round + 1, attempt))
+        )  # fmt: skip
+        done = _attempt(link, tuned, state, chosen, attempt, watch, asking)
+        # An empty cohort of secret coins is a round like any other: pure noise.
+        needed = max(0 if central else 1, math.ceil(federation.quorum * len(chosen)))
         if done.cohort.count >= needed:
-            return _apply(tuned, state, done), done
+            after = _apply(tuned, state, done)
+            if central and reservation:
+                central.ledger.release(reservation)
+            return after, done
+    if all(BUDGET in entry["reason"] for entry in done.clients) and done.clients:
+        raise FedtuneError(
+            f"round {state.round + 1}: no client's budget allows it ({done.problems()})",
+            hint="the rounds before are kept; ask the owners: fedtune budget show",
+            code=ExitCode.BUDGET_EXHAUSTED,
+        )
     raise FedtuneError(
         f"round {state.round + 1}: {done.cohort.count} of {len(chosen)} clients answered well, "
         f"{needed} are needed ({done.problems()})",
@@ -177,17 +221,19 @@ def _one_round(
 
 
 def _attempt(
-    link: Link, tuned: Tuned, state: State, chosen: list[Member], attempt: int, watch: Watcher
-) -> Round:
-    config, number = tuned.config, state.round + 1
+    link: Link, tuned: Tuned, state: State, chosen: list[Member], attempt: int, watch: Watcher,
+    asking: Asking,
+) -> Round:  # fmt: skip
+    config, number, central = tuned.config, state.round + 1, asking.central
     lr = learning_rate(config.tuning, number, config.federation.rounds)
     every = config.output.checkpoint_every
-    task = Task(number, attempt, state.round - state.round % every, lr, state.tensors())
+    task = Task(number, attempt, state.round - state.round % every, lr, state.tensors(), asking.job)
     watch(RoundStarted(number, attempt, len(chosen)))
     started = time.monotonic()
     size, answers = link.ask(Update, [m.node for m in chosen], task, config.federation.deadline)
     row = {"round": number, "attempt": attempt, "lr": lr, "bytes_down": size * len(chosen)}
-    done = Round(Cohort(state.adapter, tuned.pairs), row)
+    summed = central.sum(state.adapter, state.clip_norm) if central else None
+    done = Round(summed or Cohort(state.adapter, tuned.pairs), row, private=config.privacy.on)
     for member, answer in _in_order(chosen, answers):
         outcome, reason = _take(done, answer, task, state, config)
         up = answer.bytes_up if answer else 0
@@ -196,7 +242,7 @@ def _attempt(
                 "round": number, "client": member.client, "outcome": outcome, "reason": reason,
                 "bytes_down": size, "bytes_up": up,
                 "seconds": round(time.monotonic() - started, 3),
-            } | _facts(answer)
+            } | ({} if done.private else _facts(answer))
         )  # fmt: skip
         watch(ClientDone(number, member.client, outcome, reason, up))
     outcomes = [entry["outcome"] for entry in done.clients]
@@ -229,11 +275,12 @@ def _take(
         return "late", f"no answer within {config.federation.deadline:g} s"
     if answer.value is None:
         return "failed", answer.problem
-    if reason := problem_of(answer.value, task, state.adapter):
+    if reason := problem_of(answer.value, task, state.adapter, private=done.private):
         return "dropped", reason
     weight = answer.value.examples if config.federation.weighting == "examples" else 1
     done.cohort.add(float(weight), answer.value.tensors)
-    done.losses.append((weight, answer.value.loss))
+    if not done.private:
+        done.losses.append((weight, answer.value.loss))
     return "ok", ""
 
 
@@ -247,24 +294,40 @@ def _facts(answer: Answer[Update] | None) -> dict[str, Any]:
 def _apply(tuned: Tuned, state: State, done: Round) -> State:
     """Turn the cohort's mean into the next state, and note how exact it is."""
     settings = tuned.config.federation
-    mean = done.cohort.mean()
+    norm = state.clip_norm
+    if isinstance(done.cohort, PrivateSum):
+        mean, norm = done.cohort.release()
+    else:
+        mean = done.cohort.mean()
     adapter, moments = step(settings.server_optimizer, state.adapter, mean, state.moments)
     total = sum(weight for weight, _ in done.losses)
-    done.row["train_loss"] = sum(weight * loss for weight, loss in done.losses) / total
+    if total:
+        done.row["train_loss"] = sum(weight * loss for weight, loss in done.losses) / total
     # safetensors gives names in any order; a sum of floats must not depend on it.
     squares = math.fsum(float(np.square(v, dtype=np.float64).sum()) for v in mean.values())
     done.row["update_norm"] = math.sqrt(squares)
     averaged = {name: state.adapter[name] + mean[name] for name in mean}
-    if tuned.pairs:
+    # Of single updates, so under client-level privacy nobody may know it.
+    if tuned.pairs and isinstance(done.cohort, Cohort):
         done.row["aggregation_error"] = done.cohort.relative_error(averaged)
     residual = state.residual
-    if settings.aggregation == "fedex":
+    if settings.aggregation == "fedex" and isinstance(done.cohort, Cohort):
         missing = done.cohort.missing(averaged)
         residual, lost = exact_residual(residual, missing, settings.residual_rank)
         done.row["residual_lost"] = lost
     return replace(
-        state, round=state.round + 1, adapter=adapter, residual=residual, moments=moments
-    )
+        state, round=state.round + 1, adapter=adapter, residual=residual, moments=moments,
+        clip_norm=norm,
+    )  # fmt: skip
+
+
+def _bounds(bounds: tuple[Promise, ...], number: int) -> dict[str, float]:
+    """Return what the rounds so far cost at most, by the accountant that takes no time."""
+    found = {}
+    for promise in bounds:
+        cost = promise.releases * number * rdp(promise.mechanism.event, promise.relation)
+        found[f"epsilon_{promise.unit.value}"] = epsilon_of_rdp(cost, promise.delta)[0]
+    return found
 
 
 def _is_due(number: int, config: Config) -> bool:

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import time
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -38,6 +39,7 @@ __all__ = ["METRICS", "RunFolder", "create", "find", "list_runs", "reopen"]
 METRICS = (
     "round", "attempt", "lr", "clients_ok", "clients_late", "clients_failed", "clients_dropped",
     "bytes_down", "bytes_up", "bytes_evaluation", "train_loss", "update_norm",
+    "epsilon_example", "epsilon_client",
     "aggregation_error", "residual_lost", "loss", "perplexity", "accuracy", "macro_f1",
     "client_mean", "client_worst", "client_p10", "clients_evaluated", "seconds", "memory_mb",
 )  # fmt: skip
@@ -112,6 +114,19 @@ class RunFolder:
     def update_status(self, **changes: Any) -> None:
         """Change some keys of ``run.json``."""
         write_json(self.path / "run.json", self.status() | changes)
+
+    def job(self) -> str:
+        """Return the name that ledgers know this run by; it is no other run's."""
+        if not (found := self.status().get("job")):
+            found = f"{self.path.name}-{secrets.token_hex(4)}"
+            self.update_status(job=found)
+        return str(found)
+
+    def begin_session(self) -> int:
+        """Return how often this run was begun before; durable, so that no number comes twice."""
+        before = int(self.status().get("sessions", 0))
+        self.update_status(sessions=before + 1)
+        return before
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read one mapping per recorded round, oldest first."""

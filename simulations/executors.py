@@ -97,8 +97,9 @@ class ThreadExecutor:
         self._inbox.put(message)
 
     def close(self) -> None:
-        """Let threads end, and wait a little: one that still frees tensors when the
-        interpreter goes would abort the process. Stuck ones are daemons.
+        """Let threads end, and wait a little; stuck ones are daemons.
+
+        One that still freed tensors while the interpreter went would abort the process.
         """
         self._closed.set()
         for _ in self._threads:

@@ -15,6 +15,10 @@ from fedtune.client.backprop import steps_of
 from fedtune.config import Config
 from fedtune.data import encode, load
 from fedtune.models import context_length, settings_of
+from fedtune.privacy.events import Unit
+from fedtune.privacy.forecast import forecast
+from fedtune.privacy.forecast import lines as private_lines
+from fedtune.privacy.plan import promises, resolve
 from fedtune.server.rounds import Member, cohort_of
 from fedtune.server.tuned import Tuned, load_tuned
 from fedtune.wire import Task, Update, size_of, to_record
@@ -31,6 +35,7 @@ def plan(config: Config) -> dict[str, Any]:
         Clients, steps, parameters, bytes per round (measured on encoded
         messages of the right shapes), and memory of one client in MB.
     """
+    config = resolve(config)
     federation = load(config.data, config.seed)
     tuned = load_tuned(config, federation.labels)
     encoded = {
@@ -44,10 +49,13 @@ def plan(config: Config) -> dict[str, Any]:
     )
     rounds = config.federation.rounds
     cohorts = [cohort_of(members, config, n, 0) for n in range(1, rounds + 1)]
+    promised = promises(config)
+    fixed = next((p.releases for p in promised if p.unit is Unit.EXAMPLE), 0)
     steps = sum(
-        steps_of(examples[m.client], config.tuning) for one in cohorts for m in one
-        if examples[m.client]
+        fixed or steps_of(examples[m.client], config.tuning) for one in cohorts for m in one
+        if fixed or examples[m.client]
     )  # fmt: skip
+    trained = sum(p.numel() for p in trainable(tuned.model).values())
     down, up = _bytes(tuned)
     size = len(cohorts[0])
     return {
@@ -61,7 +69,7 @@ def plan(config: Config) -> dict[str, Any]:
         "adapter": config.tuning.adapter,
         "averaging": averaging(config.tuning.adapter),
         "parameters": sum(p.numel() for p in tuned.model.parameters()),
-        "parameters_trained": sum(p.numel() for p in trainable(tuned.model).values()),
+        "parameters_trained": trained,
         "context": context_length(tuned.base),
         "rounds": rounds,
         "cohort": size,
@@ -71,6 +79,9 @@ def plan(config: Config) -> dict[str, Any]:
         "bytes_per_round": size * (down + up),
         "bytes": sum(len(one) for one in cohorts) * (down + up),
         "client_memory_mb": _memory_mb(config, tuned),
+        "privacy": [
+            forecast(one, trained, size if one.unit is Unit.EXAMPLE else 1) for one in promised
+        ],
         "notes": [*federation.notes, *_warnings(config)],
     }
 
@@ -91,6 +102,8 @@ def describe(made: Mapping[str, Any]) -> str:
         f"per client), {made['bytes']:,} in all",
         f"  memory       about {made['client_memory_mb']:,} MB for one client's model and training",
     ]
+    for one in made["privacy"]:
+        lines += private_lines(one)
     if made["truncated"]:
         lines.append(f"  truncated    {made['truncated']:,} examples are longer than max_length")
     lines += [f"  no examples  {name}" for name in made["clients_without_examples"]]

@@ -16,6 +16,7 @@ from fedtune.client.app import make_client_app, worker_for
 from fedtune.config import Config
 from fedtune.data import Federation, digest, load
 from fedtune.errors import ExitCode, FedtuneError
+from fedtune.privacy.plan import resolve
 from fedtune.resources import cores
 from fedtune.server.app import Outcome, make_server_app
 from fedtune.server.events import Watcher
@@ -50,6 +51,7 @@ def simulate(config: Config, folder: RunFolder, watch: Watcher) -> Federation:
         committed rounds are in ``folder``.
     """
     outcome = Outcome()
+    config = resolve(config)
     with folder.lock(), _failure_noted(folder):
         federation = load(config.data, config.seed)
         _require_same_data(folder, digest(federation))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
+from fedtune.cli.budget import budget
 from fedtune.cli.out import Out
+from fedtune.cli.report import report
 from fedtune.errors import ExitCode, FedtuneError
 
 __all__ = ["run"]
@@ -26,6 +29,8 @@ app = typer.Typer(
 )
 runs = typer.Typer(help="Look at what was run.", no_args_is_help=True)
 app.add_typer(runs, name="runs")
+app.add_typer(budget, name="budget")
+app.command()(report)
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON envelope on stdout.")]
 Set = Annotated[
@@ -76,6 +81,13 @@ def init(
 def check(file: File, override: Set = None, as_json: Json = False) -> None:
     """Validate an experiment and print its plan."""
     with _reporting(Out("check", as_json)) as out:
+        _show_plan(out, file, override or [], None)
+
+
+@app.command()
+def plan(file: File, override: Set = None, as_json: Json = False) -> None:
+    """Predict a run: bytes, memory, and noise, epsilon curve and rounds of its privacy."""
+    with _reporting(Out("plan", as_json)) as out:
         _show_plan(out, file, override or [], None)
 
 
@@ -186,10 +198,11 @@ def _simulate(
 def _open(out: Out, file: Path | None, overrides: list[str], resume: str | None) -> Any:
     """Return the settings and the folder of a new run, or of one to go on with."""
     from fedtune.configfile import load
+    from fedtune.privacy.plan import resolve
     from fedtune.server.loggers import require_loggers
     from fedtune.server.run_folder import RunFolder, create, find, reopen
 
-    config = load(file, overrides) if file is not None else None
+    config = resolve(load(file, overrides)) if file is not None else None
     if resume is None:
         if config is None:
             raise FedtuneError("nothing to run", code=ExitCode.USAGE)
@@ -200,7 +213,7 @@ def _open(out: Out, file: Path | None, overrides: list[str], resume: str | None)
     path = find(resume, Path(config.output.folder if config else "runs")).path
     if config is None:
         own = RunFolder(path).config()
-        config = load(path / "config.toml", overrides) if overrides else own
+        config = resolve(load(path / "config.toml", overrides)) if overrides else own
     out.say(f"going on with {path}")
     return config, reopen(path, config)
 
@@ -239,9 +252,11 @@ def _ending(path: Path, result: dict[str, Any]) -> str:
         for key in ("loss", "perplexity", "accuracy", "macro_f1")
         if result.get(key) is not None and result.get(f"base_{key}") is not None
     ]
-    return "\n".join(
-        [*lines, f"   picture: {path / 'loss.png'}", f"   adapter: {path / 'adapter'}"]
-    )
+    lines += [f"   picture: {path / 'loss.png'}", f"   adapter: {path / 'adapter'}"]
+    promised = json.loads((path / "adapter" / "privacy.json").read_text(encoding="utf-8"))
+    if promised["differential_privacy"]:
+        lines += [f"   privacy: {promised['statement']}", f"    report: fedtune report {path}"]
+    return "\n".join(lines)
 
 
 def _summary(status: dict[str, Any], alive: bool) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from fedtune.server.events import ClientDone, Event, RoundDone, RoundStarted, Wa
 __all__ = ["following"]
 
 _ROWS_SHOWN = 12
+_BOUNDS = (("example", "epsilon_example"), ("client", "epsilon_client"))
 
 
 @contextmanager
@@ -87,7 +88,7 @@ class _View:
             "ok",
             "late",
             "failed",
-            "train loss",
+            "epsilon <=" if self._config.privacy.on else "train loss",
             "held-out",
             "worst client",
             "MB",
@@ -105,7 +106,7 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     sent = row.get("bytes_down", 0) + row.get("bytes_up", 0)
     return (
         str(row["round"]), str(row.get("clients_ok", "")), str(row.get("clients_late", "")),
-        str(failed), _figure(row.get("train_loss")), _figure(main),
+        str(failed), _figure(row.get("train_loss", _worst_bound(row))), _figure(main),
         _figure(row.get("client_worst")), f"{sent / 1e6:.2f}",
     )  # fmt: skip
 
@@ -115,10 +116,21 @@ def _line(row: Mapping[str, Any], rounds: int) -> str:
     if row["round"] == 0:
         return f"base model: held-out {main}, worst client {worst}"
     name = "accuracy" if "macro_f1" in row else "loss"
+    if bounds := [f"each {unit}: epsilon at most {row[key]:.3f}" for unit, key in _BOUNDS
+                  if key in row]:  # fmt: skip
+        return (
+            f"round {number}/{rounds}: {ok} ok, {late} late, {failed} failed; "
+            f"{', '.join(bounds)}; held-out {name} {main}; {sent} MB in "
+            f"{row.get('seconds', 0):.1f} s"
+        )
     return (
         f"round {number}/{rounds}: {ok} ok, {late} late, {failed} failed; train loss {train}, "
         f"held-out {name} {main}, worst client {worst}; {sent} MB in {row.get('seconds', 0):.1f} s"
     )
+
+
+def _worst_bound(row: Mapping[str, Any]) -> float | None:
+    return max((row[key] for _, key in _BOUNDS if key in row), default=None)
 
 
 def _figure(value: float | None) -> str:

@@ -49,7 +49,7 @@ class Network:
 
     def _one(self, reply: type[_Reply], node: int, task: Task | None) -> list[Answer[_Reply]]:
         value: Any
-        if task is None:
+        if reply is Hello or task is None:
             value = self.worker.hello(node - 10)
         elif reply is Evaluation:
             value = self.worker.evaluate(node - 10, task)

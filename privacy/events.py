@@ -1,0 +1,224 @@
+"""What a mechanism did, as values that an accountant understands.
+
+An event says how the noise and the sampling were, for one release, and nothing
+about who, when or how often. Events are stored, never epsilons: a ledger of
+events can be accounted again, by anybody, with another accountant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+from fedtune.errors import ExitCode, FedtuneError
+
+__all__ = [
+    "Charge",
+    "Event",
+    "Gaussian",
+    "PoissonGaussian",
+    "Relation",
+    "TruncatedPoissonGaussian",
+    "Unbounded",
+    "Unit",
+    "from_json",
+    "grouped",
+    "to_dp_event",
+    "to_json",
+]
+
+EVENT_SCHEMA = 1
+
+
+class Relation(str, Enum):
+    """Which two data sets the guarantee cannot tell apart (dp.md 0.3, 2.9)."""
+
+    ADD_OR_REMOVE_ONE = "add-or-remove-one"
+    """One unit more or less. The number of units is private."""
+    REPLACE_SPECIAL = "replace-special"
+    """One unit's contribution becomes zero. The number of units is public."""
+
+
+class Unit(str, Enum):
+    """Whose contribution is hidden."""
+
+    EXAMPLE = "example"
+    CLIENT = "client"
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """The Gaussian mechanism without sampling.
+
+    Attributes
+    ----------
+    noise_multiplier : float
+        Standard deviation of the noise over the L2 sensitivity.
+    """
+
+    noise_multiplier: float
+
+
+@dataclass(frozen=True)
+class PoissonGaussian:
+    """The Gaussian mechanism on units that each took part by an independent coin.
+
+    Attributes
+    ----------
+    sampling_probability : float
+        Of the coin, in (0, 1].
+    noise_multiplier : float
+        Standard deviation of the noise over the L2 sensitivity.
+    """
+
+    sampling_probability: float
+    noise_multiplier: float
+
+
+@dataclass(frozen=True)
+class TruncatedPoissonGaussian:
+    """Poisson sampling with a hard cap on how many units take part.
+
+    Attributes
+    ----------
+    sampling_probability : float
+    noise_multiplier : float
+    population : int
+        Public number of units that the coins are flipped for.
+    cap : int
+        When more are drawn, ``cap`` of them are kept, at random.
+    """
+
+    sampling_probability: float
+    noise_multiplier: float
+    population: int
+    cap: int
+
+
+@dataclass(frozen=True)
+class Unbounded:
+    """A release without a bound: epsilon is infinite from here on."""
+
+    reason: str
+
+
+Event = Gaussian | PoissonGaussian | TruncatedPoissonGaussian | Unbounded
+
+_KINDS: dict[str, type[Gaussian | PoissonGaussian | TruncatedPoissonGaussian | Unbounded]] = {
+    "gaussian": Gaussian,
+    "poisson-gaussian": PoissonGaussian,
+    "truncated-poisson-gaussian": TruncatedPoissonGaussian,
+    "unbounded": Unbounded,
+}
+_NAMES = {kind: name for name, kind in _KINDS.items()}
+
+
+@dataclass(frozen=True)
+class Charge:
+    """The same event, ``count`` times."""
+
+    event: Event
+    count: int = 1
+
+
+def check(event: Event) -> None:
+    """Raise unless every number of the event can be accounted."""
+    for name, value in asdict(event).items():
+        if isinstance(value, str):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise _refused(event, name, value)
+        low, high = (0.0, 1.0) if name == "sampling_probability" else (0.0, math.inf)
+        if not math.isfinite(value) or not low < value <= high:
+            raise _refused(event, name, value)
+
+
+def to_json(event: Event) -> dict[str, Any]:
+    """Return the stored form of an event.
+
+    Examples
+    --------
+    >>> to_json(PoissonGaussian(0.01, 1.0))
+    {'schema': 1, 'kind': 'poisson-gaussian', 'sampling_probability': 0.01, 'noise_multiplier': 1.0}
+    """
+    check(event)
+    return {"schema": EVENT_SCHEMA, "kind": _NAMES[type(event)]} | asdict(event)
+
+
+def from_json(stored: Mapping[str, Any]) -> Event:
+    """Read a stored event; one that is not understood is unbounded, never free.
+
+    Examples
+    --------
+    >>> from_json({"schema": 1, "kind": "gaussian", "noise_multiplier": 2.0})
+    Gaussian(noise_multiplier=2.0)
+    >>> from_json({"schema": 1, "kind": "laplace", "scale": 2.0})
+    Unbounded(reason="unknown event 'laplace'")
+    """
+    given = dict(stored)
+    schema, name = given.pop("schema", None), given.pop("kind", None)
+    kind = _KINDS.get(name) if isinstance(name, str) else None
+    if schema != EVENT_SCHEMA or kind is None:
+        return Unbounded(f"unknown event {name!r}")
+    try:
+        event: Event = kind(**given)
+        check(event)
+    except (TypeError, FedtuneError) as error:
+        return Unbounded(f"unreadable event {name!r}: {error}")
+    return event
+
+
+def to_dp_event(event: Event) -> Any:
+    """Return the same event in the words of ``dp_accounting``.
+
+    Examples
+    --------
+    >>> to_dp_event(PoissonGaussian(0.01, 1.0))
+    PoissonSampledDpEvent(sampling_probability=0.01, event=GaussianDpEvent(noise_multiplier=1.0))
+    """
+    import dp_accounting as dp
+
+    check(event)
+    match event:
+        case Gaussian(z):
+            return dp.GaussianDpEvent(z)
+        case PoissonGaussian(q, z):
+            return dp.PoissonSampledDpEvent(q, dp.GaussianDpEvent(z))
+        case TruncatedPoissonGaussian(q, z, population, cap):
+            return dp.dp_event.TruncatedSubsampledGaussianDpEvent(
+                dataset_size=population,
+                sampling_probability=q,
+                truncated_batch_size=cap,
+                noise_multiplier=z,
+            )
+        case Unbounded():
+            return dp.NonPrivateDpEvent()
+
+
+def grouped(charges: Mapping[Event, int] | list[Charge] | tuple[Charge, ...]) -> dict[Event, int]:
+    """Add up equal events; composition does not depend on their order.
+
+    Examples
+    --------
+    >>> grouped([Charge(Gaussian(1.0)), Charge(Gaussian(2.0)), Charge(Gaussian(1.0), 3)])
+    {Gaussian(noise_multiplier=1.0): 4, Gaussian(noise_multiplier=2.0): 1}
+    """
+    if isinstance(charges, Mapping):
+        return dict(charges)
+    found: dict[Event, int] = {}
+    for charge in charges:
+        if isinstance(charge.count, bool) or charge.count < 0:
+            raise FedtuneError(f"an event cannot happen {charge.count} times", code=ExitCode.PRIVACY)
+        found[charge.event] = found.get(charge.event, 0) + charge.count
+    return found
+
+
+def _refused(event: Event, name: str, value: object) -> FedtuneError:
+    return FedtuneError(
+        f"{type(event).__name__}.{name} = {value!r}: such an event cannot be accounted",
+        hint="probabilities are in (0, 1]; everything else is finite and above 0",
+        code=ExitCode.PRIVACY,
+    )

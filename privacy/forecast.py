@@ -1,0 +1,98 @@
+"""What a promise will cost and how loud its noise will be, before anything runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedtune.privacy.accounting import curve
+from fedtune.privacy.events import Charge
+from fedtune.privacy.plan import Promise, rounds_that_fit
+
+__all__ = ["forecast", "lines"]
+
+_POINTS = 11
+_BAR = 24
+
+
+def forecast(promise: Promise, parameters: int, voices: int = 1) -> dict[str, Any]:
+    """Return noise, curve and expected signal-to-noise of one promise.
+
+    Parameters
+    ----------
+    promise : Promise
+    parameters : int
+        Coordinates of a release, d.
+    voices : int
+        Independent noisy releases that are averaged: clients at example level.
+
+    Returns
+    -------
+    dict
+        ``signal_to_noise`` is an upper bound for one round: when all clipped
+        contributions point the same way, their mean is ``clip`` long, and the noise
+        ``z clip sqrt(d) / denominator``; steps and voices average the noise.
+        ``curve`` has (rounds, epsilon). ``rounds_that_fit`` is there with a target.
+    """
+    total = promise.spent()
+    mechanism = promise.mechanism
+    one = mechanism.denominator / (mechanism.noise_multiplier * math.sqrt(parameters))
+    releases = promise.rounds * promise.releases
+    event = Charge(mechanism.event, releases)
+    points = curve([event], promise.delta, promise.relation, min(_POINTS, promise.rounds))
+    found = {
+        "unit": promise.unit.value,
+        "relation": promise.relation.value,
+        "sampler": promise.settings.sampler,
+        "sampling_probability": mechanism.sampler.rate,
+        "noise_multiplier": mechanism.noise_multiplier,
+        "clip": promise.settings.clip,
+        "clip_norm": promise.settings.clip_norm,
+        "denominator": mechanism.denominator,
+        "population": promise.settings.population,
+        "releases_per_round": promise.releases,
+        "delta": promise.delta,
+        "epsilon": total.epsilon,
+        "epsilon_without_amplification": promise.plain_spent().epsilon,
+        "mu": total.mu,
+        "accountant": total.accountant,
+        "library": total.library,
+        "curve": [(math.ceil(n / promise.releases), epsilon) for n, epsilon in points],
+        "signal_to_noise": one * math.sqrt(promise.releases * voices),
+    }
+    if promise.limit is not None:
+        found["epsilon_target"] = promise.limit[0]
+        found["rounds_that_fit"] = rounds_that_fit(promise, promise.limit[0])
+    return found
+
+
+def lines(made: Mapping[str, Any]) -> list[str]:
+    """Return a forecast as lines for people."""
+    what = {"example": "each example", "client": "each client"}[made["unit"]]
+    found = [
+        f"  privacy      {what}: epsilon {made['epsilon']:.4g} at delta {made['delta']:g} "
+        f"({made['relation']}, {made['accountant']}, {made['library']})",
+        f"    sampling   {made['sampler']}, probability {made['sampling_probability']:.4g}; "
+        f"without it epsilon {made['epsilon_without_amplification']:.4g}",
+        f"    noise      {made['noise_multiplier']:.4g} times the clip norm {made['clip_norm']:g} "
+        f"({made['clip']}), over {made['denominator']:g}, {made['releases_per_round']:,} a round",
+        f"    signal     at most {made['signal_to_noise']:.2g} times the noise, in one round",
+    ]
+    if "rounds_that_fit" in made:
+        found.append(
+            f"    rounds     {made['rounds_that_fit']:,} keep epsilon {made['epsilon_target']:g}"
+        )
+    return [*found, *_drawn(made["curve"])]
+
+
+def _drawn(points: Sequence[tuple[int, float]]) -> list[str]:
+    """Draw the curve with blocks, one line for each point."""
+    most = max(epsilon for _, epsilon in points)
+    if not math.isfinite(most) or most <= 0:
+        return []
+    found = []
+    for number, epsilon in points:
+        bar = "#" * max(1, round(_BAR * epsilon / most))
+        found.append(f"    round {number:>5}  {epsilon:>8.3f} {bar}")
+    return found

@@ -1,0 +1,246 @@
+"""What an experiment promises: mechanism, event, number of releases and bound in one place.
+
+Made from the settings alone, never from data: server, clients and the plan that
+``--dry-run`` prints build the same ``Promise`` and so account for the same thing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from fedtune.config import Config
+from fedtune.config_privacy import ClientPrivacyConfig, ExamplePrivacyConfig
+from fedtune.errors import ExitCode, FedtuneError
+from fedtune.privacy.accounting import Spent, require_delta, spent
+from fedtune.privacy.clipping import split_noise
+from fedtune.privacy.events import Charge, Event, Gaussian, PoissonGaussian, Relation, Unit
+from fedtune.privacy.mechanism import Block, Mechanism
+from fedtune.privacy.noise import InsecureSeededNoise, NoiseSource, SecureNoise
+from fedtune.privacy.sampling import Everyone, Poisson, Sampler, TruncatedPoisson
+from fedtune.seeds import derive
+
+__all__ = [
+    "BITS",
+    "Promise",
+    "client_promise",
+    "dataset_name",
+    "example_promise",
+    "ledger_place",
+    "noise_source",
+    "promises",
+    "resolve",
+]
+
+BITS = "clip-bits"
+"""Name of the tensor that carries the quantile rule's bits in a release."""
+
+_MOST_ROUNDS = 10_000_000
+
+
+@dataclass(frozen=True)
+class Promise:
+    """One privacy statement, before it is true.
+
+    Attributes
+    ----------
+    unit : Unit
+    mechanism : Mechanism
+        Draws, adds noise, divides, and names the event.
+    settings : ExamplePrivacyConfig or ClientPrivacyConfig
+    rounds : int
+        Rounds planned.
+    releases : int
+        Releases in one round that concern the same units.
+    """
+
+    unit: Unit
+    mechanism: Mechanism
+    settings: ExamplePrivacyConfig | ClientPrivacyConfig
+    rounds: int
+    releases: int
+
+    @property
+    def relation(self) -> Relation:
+        """Neighbouring relation."""
+        return self.mechanism.relation
+
+    @property
+    def delta(self) -> float:
+        """Delta of the statement."""
+        return self.settings.delta
+
+    @property
+    def limit(self) -> tuple[float, float] | None:
+        """Largest epsilon of this run, and its delta; None: the run sets itself no bound."""
+        return (self.settings.epsilon, self.delta) if self.settings.epsilon else None
+
+    @property
+    def charge(self) -> Charge:
+        """What one round costs."""
+        return Charge(self.mechanism.event, self.releases)
+
+    def spent(self, rounds: int | None = None) -> Spent:
+        """Return the bound after so many rounds; after all of them without ``rounds``."""
+        count = self.releases * (self.rounds if rounds is None else rounds)
+        return spent([Charge(self.mechanism.event, count)], self.delta, self.relation)
+
+    def plain_spent(self) -> Spent:
+        """Return the bound without amplification: as if the coins were no secret."""
+        event = Gaussian(self.mechanism.noise_multiplier)
+        return spent([Charge(event, self.releases * self.rounds)], self.delta, self.relation)
+
+    def blocks(self, names: tuple[str, ...], clip_norm: float) -> tuple[Block, ...]:
+        """Return the blocks of a flat release, with the quantile rule's bits if it is on.
+
+        Andrew et al. 2021, theorem 1: bits of +-1/2 with noise ``sigma_b`` and the
+        update with a multiplier a little above z cost together exactly z.
+        """
+        settings = self.settings
+        if settings.clip != "quantile":
+            return self.mechanism.blocks_flat(names, clip_norm)
+        sigma = self.bits_noise
+        z = split_noise(self.mechanism.noise_multiplier, sigma)
+        return (Block(names, clip_norm, z * clip_norm), Block((BITS,), 0.5, sigma))
+
+    @property
+    def bits_noise(self) -> float:
+        """Standard deviation of the noise on the quantile rule's count."""
+        least = self.mechanism.noise_multiplier  # below half of it nothing is left to share
+        return self.settings.quantile_noise or max(self.mechanism.denominator / 20, 2 * least)
+
+
+def example_promise(config: Config) -> Promise | None:
+    """Return what ``[privacy.example]`` promises for each client's examples."""
+    settings = config.privacy.example
+    if settings is None:
+        return None
+    tuning = config.tuning
+    batch = tuning.batch_size * tuning.accumulate
+    sampler: Sampler = Everyone()
+    if settings.sampler == "poisson":
+        sampler = Poisson(batch / settings.population)
+    # A number of steps that depended on the true number of examples would reveal it.
+    steps = tuning.steps or math.ceil(tuning.epochs * settings.population / batch)
+    rounds = config.federation.rounds
+    mechanism = Mechanism(
+        Unit.EXAMPLE, Relation(settings.relation), sampler,
+        _noise_of(settings, sampler, steps * rounds), float(batch), micro_batch=tuning.batch_size,
+    )  # fmt: skip
+    return Promise(Unit.EXAMPLE, mechanism, settings, rounds, steps)
+
+
+def client_promise(config: Config) -> Promise | None:
+    """Return what ``[privacy.client]`` promises for whole clients."""
+    settings = config.privacy.client
+    if settings is None:
+        return None
+    share = config.federation.cohort
+    probability = share if share <= 1 else share / settings.population
+    samplers: dict[str, Callable[[], Sampler]] = {
+        "everyone": Everyone,
+        "poisson": lambda: Poisson(probability),
+        "truncated-poisson": lambda: TruncatedPoisson(
+            probability, settings.population, settings.cap
+        ),
+    }
+    sampler = samplers[settings.sampler]()
+    rounds = config.federation.rounds
+    mechanism = Mechanism(
+        Unit.CLIENT, Relation(settings.relation), sampler,
+        _noise_of(settings, sampler, rounds), probability * settings.population,
+    )  # fmt: skip
+    return Promise(Unit.CLIENT, mechanism, settings, rounds, 1)
+
+
+def promises(config: Config) -> tuple[Promise, ...]:
+    """Return every statement of an experiment; none without ``[privacy]``."""
+    return tuple(p for p in (example_promise(config), client_promise(config)) if p is not None)
+
+
+def resolve(config: Config) -> Config:
+    """Write the noise that was found for a target epsilon into the settings.
+
+    So that a run, its resumption and an auditor read one number instead of
+    finding it again.
+
+    Raises
+    ------
+    FedtuneError
+        ``ExitCode.PRIVACY`` when no noise keeps the bound, or the given noise does not.
+    """
+    update = {}
+    for name, promise in (("example", example_promise(config)), ("client", client_promise(config))):
+        if promise is None:
+            continue
+        require_delta(promise.delta, promise.settings.population)
+        _require_kept(promise)
+        found = {"noise_multiplier": promise.mechanism.noise_multiplier}
+        update[name] = promise.settings.model_copy(update=found)
+    return config.model_copy(update={"privacy": config.privacy.model_copy(update=update)})
+
+
+def dataset_name(config: Config) -> str:
+    """Return the name under which the ledger knows this data."""
+    source = config.data.source
+    if config.privacy.dataset:
+        return config.privacy.dataset
+    return source if source.startswith(("fedtune:", "hub:")) else Path(source).name
+
+
+def ledger_place(config: Config) -> str:
+    """Return the file or the database URL of the ledger."""
+    return config.privacy.ledger or str(Path(config.output.folder).expanduser() / "ledger.db")
+
+
+def noise_source(config: Config, *purpose: int | str) -> NoiseSource:
+    """Return the source of noise and coins; a seeded one only where the settings say insecure."""
+    if config.privacy.insecure_seeded_noise:
+        return InsecureSeededNoise(derive(config.seed, "insecure-noise", *purpose))
+    return SecureNoise()
+
+
+def _noise_of(
+    settings: ExamplePrivacyConfig | ClientPrivacyConfig, sampler: Sampler, count: int
+) -> float:
+    if settings.noise_multiplier:
+        return settings.noise_multiplier
+    return _found(settings.epsilon, settings.delta, Relation(settings.relation), count, sampler)
+
+
+@lru_cache(maxsize=64)
+def _found(epsilon: float, delta: float, relation: Relation, count: int, sampler: Sampler) -> float:
+    from fedtune.privacy.accounting import noise_multiplier
+
+    return noise_multiplier(epsilon, delta, relation, count, sampler.event)
+
+
+def _require_kept(promise: Promise) -> None:
+    if promise.limit is None:
+        return
+    bound = promise.spent()
+    if not bound.epsilon <= promise.settings.epsilon:
+        name = promise.unit.value
+        raise FedtuneError(
+            f"privacy.{name}.noise_multiplier={promise.mechanism.noise_multiplier:g} over "
+            f"{promise.rounds} rounds costs epsilon {bound.epsilon:.4g}, more than "
+            f"privacy.{name}.epsilon={promise.settings.epsilon:g}",
+            hint="leave noise_multiplier out, and the smallest that keeps epsilon is found",
+            code=ExitCode.PRIVACY,
+        )
+
+
+def rounds_that_fit(promise: Promise, epsilon: float) -> int:
+    """Return how many rounds of this promise keep ``epsilon``."""
+    from fedtune.privacy.accounting import most
+
+    found = most(promise.mechanism.event, epsilon, promise.delta, promise.relation, {})
+    return min(found // promise.releases, _MOST_ROUNDS)
+
+
+def amplified(event: Event) -> bool:
+    """Say whether the bound rests on secret coins."""
+    return isinstance(event, PoissonGaussian) and event.sampling_probability < 1

@@ -1,0 +1,110 @@
+"""The three lines with which anybody gets the printed epsilon from the printed ledger.
+
+They use ``dp_accounting`` as it is on the registry and nothing of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fedtune.privacy import policy
+from fedtune.privacy.accounting import Spent
+from fedtune.privacy.bounds import ORDERS
+from fedtune.privacy.events import (
+    Event,
+    Gaussian,
+    PoissonGaussian,
+    Relation,
+    TruncatedPoissonGaussian,
+    Unbounded,
+)
+
+__all__ = ["FILE", "lines"]
+
+FILE = "report.json"
+"""The file that the lines read: ``fedtune report RUN --format json --out report.json``."""
+
+_Z = 'g["event"]["noise_multiplier"]'
+_Q = 'g["event"]["sampling_probability"]'
+_MAKE = {
+    Gaussian: f"dp.GaussianDpEvent({_Z})",
+    PoissonGaussian: f"dp.PoissonSampledDpEvent({_Q}, dp.GaussianDpEvent({_Z}))",
+    TruncatedPoissonGaussian: "dp.dp_event.TruncatedSubsampledGaussianDpEvent("
+    f'g["event"]["population"], {_Q}, g["event"]["cap"], {_Z})',
+}
+_KIND = {Gaussian: "gaussian", PoissonGaussian: "poisson-gaussian"}
+_DEFAULT_GRID = 1e-4
+
+
+def lines(index: int, groups: Mapping[Event, int], spent: Spent, relation: Relation) -> str:
+    """Return Python that prints epsilon of one account; empty when it has no bound.
+
+    Parameters
+    ----------
+    index : int
+        Place of the account in the report's ledger extract.
+    groups : mapping of Event to int
+        Its events.
+    spent : Spent
+        What is printed for them.
+    relation : Relation
+
+    Examples
+    --------
+    >>> from fedtune.privacy.accounting import spent
+    >>> groups, relation = {PoissonGaussian(0.01, 1.0): 1000}, Relation.ADD_OR_REMOVE_ONE
+    >>> len(lines(0, groups, spent(groups, 1e-5, relation), relation).splitlines())
+    4
+    """
+    if not groups or any(isinstance(event, Unbounded) for event in groups):
+        return ""
+    start = [
+        "import json, dp_accounting as dp",
+        f'groups = json.load(open("{FILE}"))["report"]["ledger"]["accounts"][{index}]["groups"]',
+    ]
+    if spent.accountant == "analytic":
+        total = f'sum(g["count"] / {_Z} ** 2 for g in groups) ** -0.5'
+        return "\n".join([*start, f"print(dp.get_epsilon_gaussian({total}, {spent.delta!r}))"])
+    start.append(
+        f'event = dp.ComposedDpEvent([dp.SelfComposedDpEvent({_made(groups)}, g["count"]) '
+        "for g in groups])"
+    )
+    asked = ", ".join(_accountants(groups, spent, relation))
+    end = f"print(min(a.compose(event).get_epsilon({spent.delta!r}) for a in [{asked}]))"
+    return "\n".join([*start, end])
+
+
+def _made(groups: Mapping[Event, int]) -> str:
+    kinds = [kind for kind in _MAKE if any(type(event) is kind for event in groups)]
+    text = _MAKE[kinds[-1]]
+    for kind in reversed(kinds[:-1]):
+        text = f'{_MAKE[kind]} if g["event"]["kind"] == "{_KIND[kind]}" else {text}'
+    return text
+
+
+def _accountants(groups: Mapping[Event, int], spent: Spent, relation: Relation) -> list[str]:
+    """Return the accountants that gave a bound, at the grid that ours used."""
+    near = f"dp.NeighboringRelation.{relation.name}"
+    found = []
+    if spent.epsilon_pld is not None:
+        grid = _grid(spent.epsilon, policy.simplified(groups, relation))
+        found.append(f"dp.pld.PLDAccountant({near}{'' if grid == _DEFAULT_GRID else f', {grid}'})")
+    if not any(isinstance(event, TruncatedPoissonGaussian) for event in groups):
+        orders = "" if _stock_orders() else f"{list(ORDERS)}, "
+        found.append(f"dp.rdp.RdpAccountant({orders}neighboring_relation={near})")
+    return found
+
+
+def _stock_orders() -> bool:
+    from dp_accounting.rdp import rdp_privacy_accountant
+
+    return tuple(rdp_privacy_accountant.DEFAULT_RDP_ORDERS) == ORDERS
+
+
+def _grid(epsilon: float, simple: Mapping[Event, int]) -> float:
+    """Return the step of the privacy loss distribution, by the rule of ``policy``."""
+    steps = [1e-3, 1e-2]
+    if epsilon <= 20 and len(simple) <= 32:
+        steps = [1e-5, 1e-4, *steps] if epsilon < 0.05 else [1e-4, *steps]
+    z = min(event.noise_multiplier for event in simple if not isinstance(event, Unbounded))
+    return next((step for step in steps if (20 / z + 1 / (z * z)) / step <= 1e6), steps[-1])

@@ -1,0 +1,165 @@
+"""What a finished run says about its privacy: facts and the ledger's own extract.
+
+``RUN/privacy_facts.json`` holds what the settings and the server know,
+``RUN/ledger.json`` what was spent. Epsilons are in neither: the report computes them.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any, Literal
+
+from fedtune.adapters import trainable
+from fedtune.config import Config
+from fedtune.files import write_json
+from fedtune.privacy.clipping import adapter_blocks
+from fedtune.privacy.events import Unit
+from fedtune.privacy.facts import (
+    Clip,
+    Data,
+    Facts,
+    Model,
+    Noise,
+    Omission,
+    Ran,
+    Sampling,
+    read_facts,
+)
+from fedtune.privacy.lattice import grid_of
+from fedtune.privacy.ledger import open_ledger
+from fedtune.privacy.plan import Promise, dataset_name, ledger_place, noise_source, promises
+from fedtune.privacy.report import build, card_lines, summary
+from fedtune.privacy.report_ledger import read_extract
+from fedtune.server.run_folder import RunFolder
+from fedtune.server.tuned import Tuned
+
+__all__ = ["disclose", "facts_of", "statement_of"]
+
+_PACKAGES = ("fedtune", "dp-accounting", "torch", "flwr", "peft", "cryptography")
+_SCHEMES: dict[str, Literal["everyone", "poisson", "truncated-poisson"]] = {
+    "everyone": "everyone", "poisson": "poisson", "truncated-poisson": "truncated-poisson",
+}  # fmt: skip
+Ended = Literal["finished", "budget-exhausted", "interrupted", "failed"]
+
+
+def disclose(tuned: Tuned, folder: RunFolder, ended: Ended = "finished") -> None:
+    """Write the facts and the ledger's extract of a run that promised something."""
+    config = tuned.config
+    if not config.privacy.on:
+        return
+    extract = open_ledger(ledger_place(config)).extract(folder.job(), compact=True)
+    write_json(folder.path / "ledger.json", extract)
+    facts = facts_of(tuned, folder, ended)
+    write_json(folder.path / "privacy_facts.json", facts.model_dump(mode="json"))
+
+
+def statement_of(folder: RunFolder) -> tuple[dict[str, Any], list[str]]:
+    """Return ``privacy.json`` and the lines of the model card for a run."""
+    file = folder.path / "privacy_facts.json"
+    if not folder.config().privacy.on:
+        return {
+            "schema": 2,
+            "differential_privacy": False,
+            "statement": "Trained without differential privacy. No bound on what it reveals.",
+        }, []
+    extract = read_extract(folder.path / "ledger.json")
+    report = build(read_facts(file), extract, details=False)
+    return summary(report), card_lines(report)
+
+
+def facts_of(tuned: Tuned, folder: RunFolder, ended: Ended = "finished") -> Facts:
+    """Return what a run knows about its privacy that its ledger does not."""
+    config = tuned.config
+    rounds = max((int(row["round"]) for row in folder.metrics()), default=0)
+    insecure = config.privacy.insecure_seeded_noise
+    return Facts(
+        name=config.name,
+        job=folder.job(),
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        ended=ended,
+        versions={name: version(name) for name in _PACKAGES},
+        mechanisms=tuple(_ran(tuned, promise, rounds) for promise in promises(config)),
+        model=Model(
+            base=config.model.base if config.model.base.startswith("fedtune:") else "local model",
+            revision=config.model.revision,
+            fingerprint=tuned.fingerprint,
+            adapter=config.tuning.adapter,
+            parameters=sum(p.numel() for p in trainable(tuned.model).values()),
+        ),
+        data=_data(config),
+        metrics="withheld",
+        not_covered=_not_covered(config),
+        warnings=("noise and coins came from the seed of the experiment: whoever knows it can "
+                  "take the noise away",) if insecure else (),
+        ledger=ledger_place(config),
+    )  # fmt: skip
+
+
+def _ran(tuned: Tuned, promise: Promise, rounds: int) -> Ran:
+    config, settings, mechanism = tuned.config, promise.settings, promise.mechanism
+    source = noise_source(config)
+    by: Literal["client", "server"] = "client" if promise.unit is Unit.EXAMPLE else "server"
+    scheme = _SCHEMES[settings.sampler]
+    parameters = {name: p.numel() for name, p in trainable(tuned.model).items()}
+    blocks: dict[str, float] = {}
+    if settings.clip == "per-adapter":
+        layers = adapter_blocks(parameters)
+        blocks = {", ".join(layer): settings.clip_norm / len(layers) ** 0.5 for layer in layers}
+    return Ran(
+        unit=promise.unit,
+        relation=promise.relation,
+        noised_by=by,
+        sampling=Sampling(
+            scheme=scheme, probability=mechanism.sampler.rate,
+            population=settings.population if scheme == "truncated-poisson" else None,
+            cap=getattr(settings, "cap", 0) or None, flipped_by=by,
+            source=source.name, secure=source.secure,
+        ),
+        clip=Clip(rule=settings.clip, norm=settings.clip_norm, blocks=blocks),
+        noise=Noise(
+            multiplier=mechanism.noise_multiplier, source=source.name, secure=source.secure,
+            grid=grid_of(settings.clip_norm, sum(parameters.values())),
+            margin=mechanism.margin if promise.unit is Unit.EXAMPLE else 0.0,
+        ),
+        denominator=mechanism.denominator,
+        rounds=rounds,
+        steps_per_round=float(promise.releases),
+        delta=promise.delta,
+        target_epsilon=settings.epsilon or None,
+        units=settings.population,
+    )  # fmt: skip
+
+
+def _data(config: Config) -> Data:
+    split = config.data.partition
+    how = {
+        "column": f"rows with the same '{split.column}' are one client",
+        "iid": "rows were dealt out at random",
+        "dirichlet": f"rows were dealt out by label, Dirichlet({split.alpha:g})",
+        "size": "rows were dealt out into clients of unequal size",
+    }[split.by]
+    population = config.privacy.client.population if config.privacy.client else split.clients
+    return Data(
+        description=dataset_name(config), clients=population,
+        partition=f"{how}; a row is in one client only",
+    )  # fmt: skip
+
+
+def _not_covered(config: Config) -> tuple[Omission, ...]:
+    found = [
+        Omission(what="the base model", why="what it learnt before is not part of this run"),
+        Omission(
+            what="when and how fast clients answered, sizes of messages, who took part",
+            why="seen on the network and in the operator's own logs, which are not published",
+        ),
+        Omission(
+            what="the choice of settings",
+            why="chosen by the operator; other runs on the same data are in the ledger",
+        ),
+    ]
+    if config.data.eval:
+        found.append(
+            Omission(what="scores on the held-out file", why="that file is taken to be public")
+        )
+    return tuple(found)
