@@ -101,5 +101,5 @@ $(VENV)/.stamp-run: pyproject.toml constraints.txt | $(VENV)/.stamp-venv
 
 $(VENV)/.stamp-dev: pyproject.toml constraints.txt | $(VENV)/.stamp-venv
 	@echo "==> installing fedtune with what tests and checks need (minutes, the first time)"
-	@$(INSTALL) -e '.[dev,ray,minilm,tensorboard,mlflow,wandb]'
+	@$(INSTALL) -e '.[dev,ray,minilm,pdf,postgres,tensorboard,mlflow,wandb]'
 	@touch $(VENV)/.stamp-run $@

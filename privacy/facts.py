@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.privacy.events import Relation, Unit
@@ -201,7 +202,7 @@ class Facts(BaseModel):
     job: str
     """As in the ledger."""
     finished: str
-    """ISO 8601 with time zone."""
+    """ISO 8601 with a time zone; kept in UTC."""
     ended: Literal["finished", "budget-exhausted", "interrupted", "failed"] = "finished"
     versions: dict[str, str]
     mechanisms: tuple[Ran, ...]
@@ -218,6 +219,14 @@ class Facts(BaseModel):
     deployment: Deployment = Deployment()
     ledger: str = ""
     """Where the ledger is: a path, or a URL without a password. Never printed."""
+
+    @field_validator("finished")
+    @classmethod
+    def _utc(cls, value: str) -> str:
+        found = datetime.fromisoformat(value)
+        if found.tzinfo is None:
+            raise ValueError(f"finished='{value}' has no time zone")
+        return found.astimezone(UTC).isoformat(timespec="seconds")
 
     @model_validator(mode="after")
     def _one_each(self) -> Facts:

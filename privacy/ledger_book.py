@@ -154,9 +154,12 @@ def charge(db: Connection, account: Account, job: str, event: Event, count: int)
     for scope in (ALL, job):
         total = sum_of(db, account, scope).plus(event, count, account.relation)
         _write_sum(db, account, scope, total)
-        here = (totals.c.account == account.id, totals.c.job == scope, totals.c.event_id == name)
-        found = db.execute(update(totals).where(*here).values(count=totals.c.count + count))
-        if found.rowcount == 0:
+    here = (totals.c.account == account.id, totals.c.event_id == name)
+    both = totals.c.job.in_((ALL, job))
+    change = update(totals).where(*here, both).values(count=totals.c.count + count)
+    if db.execute(change).rowcount < 2:
+        there = set(db.scalars(select(totals.c.job).where(*here, both)))
+        for scope in {ALL, job} - there:
             row = {"account": account.id, "job": scope, "event_id": name, "count": count}
             db.execute(insert(totals).values(row | {"event": canonical(stored)}))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,7 +85,12 @@ def summed(groups: Mapping[Event, int], relation: Relation) -> Sum:
 
 def orders_id() -> str:
     """Return which orders a stored sum must have been made with."""
-    return hashlib.sha256(repr(tuple(map(float, accounting.ORDERS))).encode()).hexdigest()
+    return _digest(tuple(accounting.ORDERS))
+
+
+@lru_cache(maxsize=4)
+def _digest(orders: tuple[float, ...]) -> str:
+    return hashlib.sha256(repr(tuple(map(float, orders))).encode()).hexdigest()
 
 
 def no_bound(what: str) -> FedtuneError:

@@ -59,7 +59,7 @@ class NoiseSource(Protocol):
 class SecureNoise:
     """Noise from the operating system's entropy. It has no seed and keeps no state.
 
-    Over 25 million normal numbers per second on one core with AES instructions.
+    Over 20 million normal numbers per second on one core with AES instructions.
 
     Examples
     --------

@@ -151,7 +151,7 @@ def client_promise(config: Config) -> Promise | None:
     rounds = config.federation.rounds
     mechanism = Mechanism(
         Unit.CLIENT, Relation(settings.relation), sampler,
-        _noise_of(settings, sampler, rounds), probability * settings.population,
+        _noise_of(settings, sampler, rounds), probability * settings.population, micro_batch=1,
     )  # fmt: skip
     return Promise(Unit.CLIENT, mechanism, settings, rounds, 1)
 

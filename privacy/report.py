@@ -21,7 +21,7 @@ from fedtune.privacy.report_model import Answer, Chapter, Note, Report
 from fedtune.privacy.report_parts import Latest, budgets, curve, key, other_jobs, people
 from fedtune.privacy.statement import Statement, states
 from fedtune.privacy.trust import Trust, omissions, trust_of
-from fedtune.privacy.words import above, joined, percent, plural, power, shown
+from fedtune.privacy.words import above, joined, markdown, percent, plural, power, shown
 
 __all__ = ["Report", "build", "card_lines", "summary"]
 
@@ -117,25 +117,21 @@ def summary(report: Report) -> dict[str, Any]:
 
 def card_lines(report: Report) -> list[str]:
     """Return the privacy section of a model card: one Markdown line each, no heading."""
-    found = [_plain_markdown(f"**{report.answer}**")]
+    found = [f"**{markdown(report.answer)}**"]
     for chapter in report.chapters:
         statement = chapter.statement
-        found += ["", _plain_markdown(f"{statement.title}. {statement.formal} {chapter.model}")]
+        found += ["", markdown(f"{statement.title}. {statement.formal} {chapter.model}")]
         if statement.condition:
             found.append(
-                _plain_markdown(
+                markdown(
                     f"Without credit for sampling: epsilon {above(statement.unsampled)}. "
                     f"{statement.condition}"
                 )
             )
         found.append(f"No bound for: {'; '.join(chapter.unbounded_for)}.")
     if report.notes:
-        found += ["", *(f"- {_plain_markdown(note.text)}" for note in report.notes)]
+        found += ["", *(f"- {markdown(note.text)}" for note in report.notes)]
     return [*found, "", "`privacy.json` says the same for machines; the run's report has the rest."]
-
-
-def _plain_markdown(text: str) -> str:
-    return shown(text).replace("<", "&lt;")
 
 
 def _chapter(

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from fedtune.privacy.events import Relation, Unit
 from fedtune.privacy.facts import read_model
 
-__all__ = ["Account", "Budget", "Extract", "Group", "JobUse", "read_extract"]
+__all__ = ["Account", "Budget", "Extract", "Group", "JobUse", "compare", "read_extract"]
 
 _OURS = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
@@ -111,3 +111,23 @@ def read_extract(path: Path) -> Extract:
         ``ExitCode.RUN_FOLDER`` when it is not there or not understood.
     """
     return read_model(path, Extract)
+
+
+def compare(left: Extract, now: Extract) -> str:
+    """Say how the ledger of now differs from what a run left of it, for this job.
+
+    Returns
+    -------
+    str
+        "same"; "more": the ledger has releases that the run could not note, because it
+        was killed; or "less": it is another ledger, or an old copy of it.
+    """
+    counts = {(a.dataset, a.unit, a.relation): _count(a) for a in now.accounts}
+    before = {(a.dataset, a.unit, a.relation): _count(a) for a in left.accounts}
+    if any(counts.get(key, 0) < count for key, count in before.items()):
+        return "less"
+    return "more" if sum(counts.values()) > sum(before.values()) else "same"
+
+
+def _count(account: Account) -> int:
+    return sum(group.count for group in account.groups)

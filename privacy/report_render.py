@@ -17,7 +17,7 @@ from fedtune.privacy.report_model import Report
 from fedtune.privacy.report_picture import alternative, draw
 from fedtune.privacy.signing import Signer, embedded, fingerprint, readable, seal, seal_page
 from fedtune.privacy.statement import ROWS, Statement
-from fedtune.privacy.words import above, below, joined, plural, power, shown, tidy
+from fedtune.privacy.words import above, below, joined, markdown, plural, power, shown, tidy
 
 __all__ = ["as_html", "as_json", "as_markdown", "context", "sealed"]
 
@@ -95,7 +95,7 @@ def _template(name: str) -> str:
 def _environment(escape: bool) -> Environment:
     """Return an environment whose every value is cleaned; autoescape is on for pages."""
     found = Environment(
-        autoescape=escape,  # noqa: S701 - Markdown has its own escapes, in _plain
+        autoescape=escape,  # noqa: S701 - Markdown has its own escapes
         undefined=StrictUndefined,
         finalize=_clean if escape else _plain,
         keep_trailing_newline=True,
@@ -112,7 +112,4 @@ def _clean(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Return text in which Markdown sees nothing but text."""
-    if not isinstance(value, str) or isinstance(value, Markup):
-        return value
-    return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|~$&" else c for c in shown(value))
+    return markdown(value) if isinstance(value, str) and not isinstance(value, Markup) else value

@@ -19,7 +19,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
 )
 
 from fedtune.errors import ExitCode, FedtuneError
-from fedtune.files import storage
 
 __all__ = ["Signer", "default_key", "fingerprint", "read_public", "read_signer", "refused"]
 
@@ -133,27 +132,39 @@ def _make(path: Path, say: Callable[[str], None]) -> None:
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
-    with storage(path):
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".report.")  # mode 0600
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(secret)
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(name, path)
-        except FileExistsError:
+    public = private.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    try:
+        if not _placed(path, secret):
             return
-        finally:
-            Path(name).unlink(missing_ok=True)
-        public = private.public_key().public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
         path.with_suffix(".pub").write_bytes(public)
+    except OSError as error:
+        raise refused(
+            f"no signing key can be made at '{path}': {error.strerror or error}",
+            "name one with --key or FEDTUNE_SIGNING_KEY",
+        ) from error
     say(
         f"made a signing key: '{path}' (keep it), '{path.with_suffix('.pub')}' (give it to who "
         f"checks reports); fingerprint {fingerprint(_raw(private.public_key()))}"
     )
+
+
+def _placed(path: Path, secret: bytes) -> bool:
+    """Put a whole key in place, mode 0600, unless somebody else just did."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".report.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(secret)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(name, path)
+    except FileExistsError:
+        return False
+    finally:
+        Path(name).unlink(missing_ok=True)
+    return True
 
 
 def _read(path: Path) -> bytes:

@@ -6,7 +6,7 @@ import math
 import unicodedata
 from collections.abc import Sequence
 
-__all__ = ["above", "below", "joined", "percent", "plural", "power", "shown", "tidy"]
+__all__ = ["above", "below", "joined", "markdown", "percent", "plural", "power", "shown", "tidy"]
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _RAISED = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
@@ -73,6 +73,17 @@ def tidy(value: float, digits: int = 4) -> str:
     if value == int(value) and abs(value) < 1e12:
         return f"{int(value):,}"
     return f"{value:.{digits}g}"
+
+
+def markdown(text: str) -> str:
+    r"""Return text in which Markdown and HTML see nothing but text.
+
+    Examples
+    --------
+    >>> print(markdown("a_b [x](y) <b>"))
+    a\_b \[x\](y) \<b\>
+    """
+    return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|~$&" else c for c in shown(text))
 
 
 def percent(share: float) -> str:

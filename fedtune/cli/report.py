@@ -71,10 +71,10 @@ def make(out: Out, run: Path, form: Format, key: Path | None, out_file: Path | N
     if form == "pdf" and out_file == Path("-"):
         raise FedtuneError("a PDF is not for a screen", hint="name a file", code=ExitCode.USAGE)
     facts = read_facts(run / "privacy_facts.json")
-    extract = read_extract(run / "ledger.json")
     signer = read_signer(key, out.say)
     out.say("accounting for every release ...")
-    made = build(facts, extract, live=_live(out, facts))
+    extract, live = _newest(out, facts, read_extract(run / "ledger.json"))
+    made = build(facts, extract, live=live)
     envelope = sealed(made, signer)
     data = _formats(signer)[form](envelope)
     if out_file == Path("-"):
@@ -190,20 +190,35 @@ def _envelope(signed: Signed) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _live(out: Out, facts: Facts) -> Extract | None:
-    """Return what the ledger says now; the report does without when it cannot be asked."""
+def _newest(out: Out, facts: Facts, left: Extract) -> tuple[Extract, Extract | None]:
+    """Return what this job released, and the ledger of now where it can be asked.
+
+    A killed run may have reserved more than it could note: then the ledger counts.
+    """
     from fedtune.privacy.ledger import open_ledger
-    from fedtune.privacy.report_ledger import Extract
+    from fedtune.privacy.report_ledger import Extract, compare
 
     if not facts.ledger:
-        return None
+        return left, None
     try:
         ledger = open_ledger(facts.ledger, create=False)
-        return Extract.model_validate(ledger.extract(facts.job, compact=True))
+        now = Extract.model_validate(ledger.extract(facts.job, compact=True))
     except (FedtuneError, ValueError, OSError) as error:
         first = str(error).splitlines()[0]
         out.say(f"note: budgets are as when the run ended; the ledger cannot be asked: {first}")
-        return None
+        return left, None
+    match compare(left, now):
+        case "less":
+            out.say(
+                "DANGER: the ledger has fewer releases of this job than the run noted: it is "
+                "another one, or an old copy. The report goes by what the run noted."
+            )
+            return left, None
+        case "more":
+            out.say("note: the ledger has releases that the run did not note; they count")
+            return now, now
+        case _:
+            return left, now
 
 
 def _find(run: str, folder: Path) -> Path:

@@ -94,6 +94,8 @@ def settings(subject: str, epsilon: float, seed: int, folder: Path, *, quick: bo
     name, _ = SUBJECTS[subject]
     overrides = [f"seed={seed}", f"name='{subject}-{epsilon:g}-{seed}'"]
     overrides += [f"output.folder='{folder / 'runs'}'"]
+    # One engine in this process: nothing is loaded twice, and an engine changes no result.
+    overrides += ["engine.executor=threads", "engine.workers=1"]
     overrides += ["data.max_length=16", "tuning.epochs=0.1"] if quick else []
     if math.isfinite(epsilon):
         overrides.append(f"privacy.example.epsilon={epsilon}")

@@ -37,7 +37,7 @@ from fedtune.privacy.ledger_records import Kind, event_id, event_json
 
 __all__ = ["admissions", "filled", "flower_admission", "main", "report"]
 
-POPULATION, SAMPLED, Z, DELTA = 10_000, 100, 1.0, 1e-5
+POPULATION, SAMPLED, Z, DELTA = 1000, 50, 1.0, 1e-5
 DEPTHS = (10, 500, 10_000)
 STEP = PoissonGaussian(SAMPLED / POPULATION, Z)
 
@@ -114,7 +114,7 @@ def flower_admission(rounds: int, *, whole: bool) -> float:
 def report(folder: Path, rounds: int) -> dict[str, float]:
     """Return the seconds of each step of reporting a run, with nothing cached."""
     # An event of its own: no table of the steps before can be used again.
-    ledger, account = filled(folder, rounds, PoissonGaussian(0.012, 1.1))
+    ledger, account = filled(folder, rounds, PoissonGaussian(0.052, 1.1))
     steps: dict[str, Callable[[], object]] = {
         "verify": ledger.verify,
         "extract": lambda: ledger.extract("before", compact=True),
@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
         same = admissions(ledgers, times, lambda number: STEP)
         hundred = [filled(folder, 100)]
         at_100 = admissions(hundred, times, lambda number: STEP)[0]
-        new = admissions(hundred, 5, lambda n: PoissonGaussian(0.01 + (n % 997) * 1e-6, Z))[0]
+        new = admissions(hundred, 5, lambda n: PoissonGaussian(0.05 + (n % 997) * 1e-6, Z))[0]
         flower = flower_admission(100, whole=not options.quick)
         parts = report(folder, 2000)
     table = Table(title="one more round, milliseconds (median)")

@@ -182,7 +182,7 @@ def test_a_dry_run_predicts_the_bytes_and_leaves_nothing(
         "name", "base", "clients", "clients_without_examples", "examples", "examples_per_client",
         "truncated", "adapter", "averaging", "parameters", "parameters_trained", "context",
         "rounds", "cohort", "steps", "bytes_down_per_client", "bytes_up_per_client",
-        "bytes_per_round", "bytes", "client_memory_mb", "notes",
+        "bytes_per_round", "bytes", "client_memory_mb", "notes", "privacy",
     }  # fmt: skip
     for sent in counted:
         assert abs(made["bytes_per_round"] / sent - 1) < 0.02

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from fedtune.cli.report import report
 from fedtune.errors import ExitCode
-from fedtune.privacy.events import Unit
+from fedtune.privacy.events import Relation, Unit
+from fedtune.privacy.ledger import Claim, open_ledger
 from fedtune.privacy.signing import read_public
 from tests.privacy import report_runs as runs
 
@@ -185,6 +186,31 @@ def test_other_jobs_since_are_shown(tmp_path: Path) -> None:
     report = json.loads((run / "report.json").read_text())["report"]
     assert [job["job"] for job in report["chapters"][0]["jobs"]] == ["since"]
     assert report["as_of"] != report["facts"]["finished"]
+
+
+def test_what_a_killed_run_could_not_note_counts(tmp_path: Path) -> None:
+    made = runs.seeded_run(tmp_path)
+    live = made.facts.model_copy(update={"ledger": str(tmp_path / "seeded.db")})
+    run = runs.Run(live, made.extract, made.ledger).save(tmp_path / "run")
+    account = made.ledger.account("shakespeare/ROMEO", Unit.EXAMPLE, Relation.ADD_OR_REMOVE_ONE)
+    made.ledger.reserve(account, Claim(made.facts.job, 2, 0, runs.STEP, 15))
+    result = command(run, "--format", "json")
+    assert "they count" in result.stderr
+    report = json.loads((run / "report.json").read_text())["report"]
+    assert report["chapters"][0]["statement"]["releases"] == 30
+    assert report["ledger"]["accounts"][0]["unfinished"] == 15
+
+
+def test_a_ledger_with_fewer_releases_is_not_believed(tmp_path: Path) -> None:
+    made = runs.seeded_run(tmp_path)
+    live = made.facts.model_copy(update={"ledger": str(tmp_path / "old.db")})
+    run = runs.Run(live, made.extract, made.ledger).save(tmp_path / "run")
+    runs.spend(open_ledger(tmp_path / "old.db"), made.facts.job, Unit.EXAMPLE,
+               {"shakespeare/ROMEO": (runs.STEP, 1, 14)})  # fmt: skip
+    result = command(run, "--format", "json")
+    assert "DANGER: the ledger has fewer releases" in result.stderr
+    report = json.loads((run / "report.json").read_text())["report"]
+    assert report["chapters"][0]["statement"]["releases"] == 15
 
 
 def test_what_others_wrote_cannot_move_the_cursor(finished: runs.Run, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from scipy.integrate import quad
 from scipy.stats import norm
 
 from fedtune.errors import ExitCode, FedtuneError
-from fedtune.privacy import bounds, distributions, policy
+from fedtune.privacy import bounds, distributions, groups, policy
 from fedtune.privacy.accounting import (
     ORDERS,
     curve,
@@ -223,12 +223,15 @@ def test_grid_follows_the_size_of_the_answer() -> None:
     assert grid(0.01, 4.0, 100, 1e-13) is None
 
 
-def test_many_kinds_of_events_get_a_coarser_grid_and_then_renyi() -> None:
-    few = {PoissonGaussian(0.01, 2.0 + i / 100): 2 for i in range(33)}
-    assert policy.bound(few, DELTA, ADD).grid == 1e-3
-    many = {PoissonGaussian(0.9, 9.0 + i / 100): 1 for i in range(policy.MAX_EVENTS + 1)}
-    found = policy.bound(many, DELTA, ADD)
-    assert (found.accountant, found.pld) == ("rdp", None)
+def test_many_kinds_of_events_get_a_coarser_grid_and_then_renyi(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(policy, "MAX_FINE_EVENTS", 2)
+    monkeypatch.setattr(policy, "MAX_EVENTS", 3)
+    events: list[Event] = [PoissonGaussian(0.01, 2.0 + i) for i in range(4)]
+    found = [policy.bound(dict.fromkeys(events[:n], 20), DELTA, ADD) for n in (2, 3, 4)]
+    assert [one.grid for one in found] == [1e-4, 1e-3, None]
+    assert [one.accountant for one in found] == ["pld", "pld", "rdp"]
 
 
 def test_smaller_of_the_two_bounds_wins_either_way() -> None:
@@ -539,15 +542,21 @@ def test_curve_rises_to_what_was_spent() -> None:
 # ---------------------------------------------------------------- V33
 
 
-@pytest.mark.parametrize(("k", "golden"), [(2, 3.979), (4, 8.899), (8, 20.895)])
-def test_v33_records_of_one_person(k: int, golden: float) -> None:
+@pytest.mark.parametrize(("k", "golden", "even"), [(2, 3.979, 4.24), (4, 8.899, 11.84)])
+def test_v33_records_of_one_person(k: int, golden: float, even: float) -> None:
     exact = group_epsilon(STEPS, DELTA, ADD, k, exact=True)
     generic = group_epsilon(STEPS, DELTA, ADD, k)
     naive = k * price(PoissonGaussian(0.01, 1.0), 1000)  # too small, and so invalid
     assert exact == pytest.approx(golden, abs=6e-4)
-    assert naive < exact < generic
-    even_splits = {2: 4.24, 4: 11.84}  # of epsilon over the records
-    assert generic < even_splits.get(k, 31.0)
+    assert naive < exact < generic < even  # the last splits epsilon evenly
+
+
+def test_v33_eight_records_of_one_person(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "MAX_BINS", 60_000)  # takes a grid of 1e-2: seconds less
+    exact = group_epsilon(STEPS, DELTA, ADD, 8, exact=True)
+    assert 20.895 < exact < 20.895 * 1.005
+    assert 8 * price(PoissonGaussian(0.01, 1.0), 1000) < exact
+    assert exact < group_epsilon(STEPS, DELTA, ADD, 8) < 31
 
 
 def test_v33_without_sampling_sensitivities_add() -> None:

@@ -16,7 +16,7 @@ from fedtune.client import private
 from fedtune.client.private import tune_privately
 from fedtune.config import Config
 from fedtune.data import Encoded
-from fedtune.models import load_base
+from fedtune.models import fingerprint, load_base
 from fedtune.privacy.clipping import Automatic
 from fedtune.privacy.noise import SecureNoise
 from fedtune.privacy.per_example import PerExample
@@ -146,3 +146,17 @@ def test_rounding_of_the_batch_stays_far_below_the_margin(base: Path) -> None:
         gap = sum(float(np.square(two.sums[name] - one.sums[name]).sum()) for name in one.sums)
         worst = max(worst, math.sqrt(gap) / one.blocks[0].clip)
     assert 0.0 < worst < promise.mechanism.margin / 10
+
+
+def test_v38_one_changed_bit_makes_another_base(base: Path) -> None:
+    """Both sides must show the same fingerprint: see ``gather`` in ``server/rounds.py``."""
+    config = _config(base)
+    model = attach(load_base(config.model), config.tuning, "causal-lm", 3)
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    before = fingerprint(model)
+    for parameter in (frozen[0], frozen[-1]):
+        flat = parameter.data.view(-1).view(torch.int32)
+        flat[-1] ^= 1
+        assert fingerprint(model) != before
+        flat[-1] ^= 1
+    assert fingerprint(model) == before

@@ -150,6 +150,16 @@ def test_a_key_that_will_not_do_is_refused(home: Path) -> None:
     assert not (home / "absent").exists(), "a key is made in the default place only"
 
 
+def test_a_place_that_cannot_be_written_says_what_to_do(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "file").write_text("")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "file"))
+    with pytest.raises(FedtuneError, match="no signing key can be made") as caught:
+        read_signer(None, lambda _: None)
+    assert "--key" in caught.value.hint
+
+
 def test_public_keys_are_read_in_the_usual_forms(home: Path, signer: Signer) -> None:
     key = serialization.load_pem_private_key(default_key().read_bytes(), None).public_key()
     ssh = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)

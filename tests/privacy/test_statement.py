@@ -105,6 +105,14 @@ def test_unreadable_files_say_which(tmp_path: Path, text: str) -> None:
         read_facts(tmp_path / "absent.json")
 
 
+def test_times_are_kept_in_utc() -> None:
+    east = runs.facts("east", finished="2026-11-21T12:41:07+02:00")
+    assert east.finished == "2026-11-21T10:41:07+00:00"
+    for wrong in ("2026-11-21T12:41:07", "yesterday"):
+        with pytest.raises(ValidationError):
+            runs.facts("odd", finished=wrong)
+
+
 def test_one_unit_has_one_mechanism() -> None:
     with pytest.raises(ValidationError, match="one account"):
         runs.facts("twice", runs.clients(), runs.clients(rounds=3))
