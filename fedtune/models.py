@@ -159,7 +159,7 @@ def fingerprint(network: nn.Module) -> str:
             continue
         array = value.detach().cpu().contiguous()
         digest.update(f"{name}:{tuple(array.shape)}:{array.dtype};".encode())
-        digest.update(array.view(torch.uint8).numpy().data if array.dim() else b"")
+        digest.update(array.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -26,10 +26,10 @@ from fedtune.measure import Counts
 
 __all__ = [
     "BUDGET",
+    "WITHHELD",
     "Evaluation",
     "Hello",
     "Task",
-    "WITHHELD",
     "Update",
     "from_record",
     "pack_tensors",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from fedtune.errors import ExitCode, FedtuneError
@@ -33,7 +33,7 @@ __all__ = [
 EVENT_SCHEMA = 1
 
 
-class Relation(str, Enum):
+class Relation(StrEnum):
     """Which two data sets the guarantee cannot tell apart (dp.md 0.3, 2.9)."""
 
     ADD_OR_REMOVE_ONE = "add-or-remove-one"
@@ -42,7 +42,7 @@ class Relation(str, Enum):
     """One unit's contribution becomes zero. The number of units is public."""
 
 
-class Unit(str, Enum):
+class Unit(StrEnum):
     """Whose contribution is hidden."""
 
     EXAMPLE = "example"
@@ -211,7 +211,9 @@ def grouped(charges: Mapping[Event, int] | list[Charge] | tuple[Charge, ...]) ->
     found: dict[Event, int] = {}
     for charge in charges:
         if isinstance(charge.count, bool) or charge.count < 0:
-            raise FedtuneError(f"an event cannot happen {charge.count} times", code=ExitCode.PRIVACY)
+            raise FedtuneError(
+                f"an event cannot happen {charge.count} times", code=ExitCode.PRIVACY
+            )
         found[charge.event] = found.get(charge.event, 0) + charge.count
     return found
 

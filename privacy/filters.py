@@ -4,7 +4,7 @@ An accountant adds up parameters that were fixed in advance. When the noise or t
 sampling of a release depends on what was released before, or a run stops when
 it looks good, a filter must refuse the release that would pass the budget, before
 anything is sampled. Fixed-order Renyi filters are valid (Feldman and Zrnic 2021,
-arXiv:2008.11193, theorem 3.1), and for the Gaussian mechanism without sampling so is
+arXiv:2008.11193), and for the Gaussian mechanism without sampling so is
 the sum of squares of mu (Smith and Thakurta 2022, arXiv:2210.17520; Koskela et al.
 2022, arXiv:2209.15596). Privacy loss distributions composed in this way are not
 (arXiv:2602.06756), and neither is choosing the order afterwards.
@@ -56,7 +56,7 @@ class RenyiFilter:
     --------
     >>> budget = RenyiFilter(8.0, 2.0, 1e-5, Relation.ADD_OR_REMOVE_ONE)
     >>> round(budget.budget, 4)
-    0.7861
+    0.7859
     >>> [budget.admit(Gaussian(4.0)) for _ in range(4)], round(budget.spent, 4)
     ([True, True, True, False], 0.75)
     """

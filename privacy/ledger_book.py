@@ -61,14 +61,23 @@ def account_of(row: Row[Any]) -> Account:
 
 
 def find_account(db: Connection, dataset: str, unit: Unit, relation: Relation) -> Account | None:
-    """Return an account, or ``None``."""
-    row = db.execute(
-        select(accounts).where(
-            accounts.c.dataset == dataset,
-            accounts.c.unit == unit.value,
-            accounts.c.relation == relation.value,
+    """Return an account, or ``None``.
+
+    Raises
+    ------
+    FedtuneError
+        The data set is accounted under another relation: a second account for the
+        same people would be a second budget.
+    """
+    same = (accounts.c.dataset == dataset, accounts.c.unit == unit.value)
+    row = db.execute(select(accounts).where(*same)).first()
+    if row is not None and row.relation != relation.value:
+        raise FedtuneError(
+            f"'{dataset}' ({unit.value}) is accounted under '{row.relation}', "
+            f"not '{relation.value}': a second relation would be a second budget",
+            hint=f'use relation = "{row.relation}" for this data set',
+            code=ExitCode.PRIVACY,
         )
-    ).first()
     return None if row is None else account_of(row)
 
 

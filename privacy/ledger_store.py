@@ -75,7 +75,7 @@ accounts = Table(
     Column("delta", Float),
     Column("head", String(64), nullable=False),
     Column("length", BigInteger, nullable=False),
-    UniqueConstraint("dataset", "unit", "relation"),
+    UniqueConstraint("dataset", "unit"),
 )
 """One row for each data set, unit and relation."""
 

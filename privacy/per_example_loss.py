@@ -99,9 +99,10 @@ def public_batch(
     """
     settings: Any = settings_of(model)
     pad = getattr(settings, "pad_token_id", None) or 0
+    words = getattr(settings, "vocab_size", 0) or _table(model).num_embeddings
     random = torch.Generator().manual_seed(seed)
     size = (len(lengths), max(lengths))
-    ids = torch.randint(0, settings.vocab_size - 1, size, generator=random)
+    ids = torch.randint(0, words - 1, size, generator=random)
     ids += (ids >= pad).long()  # never the padding token
     mask = (torch.arange(size[1]) < torch.tensor(lengths).unsqueeze(1)).long()
     ids = ids.masked_fill(mask == 0, pad)
@@ -116,3 +117,8 @@ def public_batch(
         "attention_mask": mask.to(device),
         "labels": labels.to(device),
     }
+
+
+def _table(model: Any) -> nn.Embedding:
+    found: nn.Embedding = model.get_input_embeddings()
+    return found

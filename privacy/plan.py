@@ -15,9 +15,9 @@ from pathlib import Path
 from fedtune.config import Config
 from fedtune.config_privacy import ClientPrivacyConfig, ExamplePrivacyConfig
 from fedtune.errors import ExitCode, FedtuneError
-from fedtune.privacy.accounting import Spent, require_delta, spent
+from fedtune.privacy.accounting import Spent, most, noise_multiplier, require_delta, spent
 from fedtune.privacy.clipping import split_noise
-from fedtune.privacy.events import Charge, Event, Gaussian, PoissonGaussian, Relation, Unit
+from fedtune.privacy.events import Charge, Gaussian, Relation, Unit
 from fedtune.privacy.mechanism import Block, Mechanism
 from fedtune.privacy.noise import InsecureSeededNoise, NoiseSource, SecureNoise
 from fedtune.privacy.sampling import Everyone, Poisson, Sampler, TruncatedPoisson
@@ -33,6 +33,7 @@ __all__ = [
     "noise_source",
     "promises",
     "resolve",
+    "rounds_that_fit",
 ]
 
 BITS = "clip-bits"
@@ -208,14 +209,21 @@ def _noise_of(
 ) -> float:
     if settings.noise_multiplier:
         return settings.noise_multiplier
-    return _found(settings.epsilon, settings.delta, Relation(settings.relation), count, sampler)
+    return _found(
+        settings.epsilon, settings.delta, Relation(settings.relation), count, _Key(sampler)
+    )
+
+
+@dataclass(frozen=True)
+class _Key:
+    """A sampler as part of a key: all samplers are frozen values."""
+
+    sampler: Sampler
 
 
 @lru_cache(maxsize=64)
-def _found(epsilon: float, delta: float, relation: Relation, count: int, sampler: Sampler) -> float:
-    from fedtune.privacy.accounting import noise_multiplier
-
-    return noise_multiplier(epsilon, delta, relation, count, sampler.event)
+def _found(epsilon: float, delta: float, relation: Relation, count: int, key: _Key) -> float:
+    return noise_multiplier(epsilon, delta, relation, count, key.sampler.event)
 
 
 def _require_kept(promise: Promise) -> None:
@@ -235,12 +243,5 @@ def _require_kept(promise: Promise) -> None:
 
 def rounds_that_fit(promise: Promise, epsilon: float) -> int:
     """Return how many rounds of this promise keep ``epsilon``."""
-    from fedtune.privacy.accounting import most
-
     found = most(promise.mechanism.event, epsilon, promise.delta, promise.relation, {})
     return min(found // promise.releases, _MOST_ROUNDS)
-
-
-def amplified(event: Event) -> bool:
-    """Say whether the bound rests on secret coins."""
-    return isinstance(event, PoissonGaussian) and event.sampling_probability < 1

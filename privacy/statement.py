@@ -208,10 +208,11 @@ def _ranked(mine: Sequence[tuple[int, Account]], ran: Ran) -> tuple[list[Row], S
     tight: list[Groups] = []
     for index, account in order:
         groups = events_of(account.groups)
-        if len(rows) >= ROWS and worst is not None:
-            within = cheap[index] <= worst.epsilon or any(within(groups, big) for big in tight)
-            if within:
-                continue
+        known = worst is not None and (
+            cheap[index] <= worst.epsilon or any(within(groups, big) for big in tight)
+        )
+        if len(rows) >= ROWS and known:
+            continue
         spent = cost(groups, ran.delta, ran.relation)
         tight.append(groups)
         if worst is None or spent.epsilon > worst.epsilon:

@@ -43,7 +43,7 @@ from fedtune.simulations.benchmarks.dp_step_variants import (
 __all__ = ["Figures", "main"]
 
 THREADS = 2
-QUICK = Size(layers=3, width=256, inner=704, heads=4, vocabulary=2048, batch=8, length=64, micro=4)
+QUICK = Size(layers=2, vocabulary=2048, batch=8, micro=4)
 LIBRARIES = [
     "fedtune.simulations.benchmarks.dp_step_variants",
     "opacus",
@@ -192,7 +192,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     _prepare()
     size = QUICK if options.quick else Size()
-    console, result = Console(), {}
+    console = Console()
+    result: dict[str, float] = {}
     for method in options.only or METHODS:
         turns = options.turns or (3 if options.quick else 7)
         result |= measure(method, size, turns, console)

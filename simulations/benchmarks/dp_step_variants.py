@@ -91,7 +91,8 @@ def norms_of(method: str, variant: str, size: Size, batch: Batch) -> torch.Tenso
         _prompt_for_each(model)
     example_losses(wrapped, batch, "causal-lm").mean().backward()  # type: ignore[no-untyped-call]
     grads = [p.grad_sample.flatten(1).norm(dim=1) for p in trainable(model).values()]  # type: ignore[attr-defined]
-    return torch.stack(grads).double().norm(dim=0)
+    found_norms: torch.Tensor = torch.stack(grads).double().norm(dim=0)
+    return found_norms
 
 
 def _model(method: str, size: Size) -> nn.Module:

@@ -254,7 +254,7 @@ def test_what_has_no_true_account_is_refused(
 
 
 def test_an_account_with_another_relation_or_population_is_refused(small: Ledger) -> None:
-    special = small.account("phones", Unit.CLIENT, Relation.REPLACE_SPECIAL)
+    special = small.account("tablets", Unit.CLIENT, Relation.REPLACE_SPECIAL)
     with refused(ExitCode.PRIVACY):
         LedgerAccountant(small, special, config(), "job")
     account = small.account("phones", Unit.CLIENT, ADD)

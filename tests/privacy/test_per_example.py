@@ -109,7 +109,11 @@ def reference(model: nn.Module, batch: Tensors, task: Task) -> Tensors:
 def worst(found: Tensors, expected: Tensors) -> float:
     """Return the largest error of any parameter, relative to its example's whole gradient."""
     assert found.keys() == expected.keys()
-    size = torch.stack([e.flatten(1).norm(dim=1) for e in expected.values()]).norm(dim=0).clamp(min=1e-9)
+    size = (
+        torch.stack([e.flatten(1).norm(dim=1) for e in expected.values()])
+        .norm(dim=0)
+        .clamp(min=1e-9)
+    )
     gaps = [(found[n] - e).flatten(1).norm(dim=1) / size for n, e in expected.items()]
     return float(torch.stack(gaps).max())
 

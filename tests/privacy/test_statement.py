@@ -211,12 +211,13 @@ def test_the_worst_client_counts_and_clients_do_not_add_up() -> None:
     assert named.worst == "ROMEO"
 
 
+@pytest.mark.parametrize("spread", [15.0, 0.01], ids=["apart", "close"])
 def test_among_many_clients_the_worst_is_found_without_asking_for_each(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, spread: float
 ) -> None:
     draw = np.random.default_rng(5)
     accounts: dict[str, dict[Event, int]] = {
-        f"c{n}": {Gaussian(float(draw.uniform(5, 20))): int(draw.integers(5, 200))}
+        f"c{n}": {Gaussian(float(draw.uniform(5, 5 + spread))): 190 + int(draw.integers(0, 10))}
         for n in range(60)
     }
     everyone = runs.examples(
