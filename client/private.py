@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,14 @@ from fedtune.privacy.per_example import PerExample, example_losses
 from fedtune.privacy.plan import BITS, Promise, dataset_name, example_promise, ledger_place
 from fedtune.wire import BUDGET, Task
 
-__all__ = ["Guard", "clip_after", "clip_before", "open_guard", "tune_privately"]
+__all__ = [
+    "Guard",
+    "clip_after",
+    "clip_before",
+    "open_guard",
+    "require_job",
+    "tune_privately",
+]
 
 
 @dataclass(frozen=True)
@@ -77,10 +85,16 @@ class Guard:
 
     def reserve(self, client: str, task: Task, detail: Mapping[str, Any]) -> Reservation:
         """Charge one round before its first gradient; durable when it returns."""
+        if not 1 <= task.round <= self.promise.rounds:
+            raise FedtuneError(
+                f"{BUDGET}: round {task.round} of a plan of {self.promise.rounds}",
+                code=ExitCode.BUDGET_EXHAUSTED,
+            )
         charge = self.promise.charge
         claim = Claim(
             job=task.job, round=task.round, attempt=task.attempt, event=charge.event,
-            count=charge.count, purpose="train", detail=dict(detail), limit=self.promise.limit,
+            count=charge.count, purpose="train", detail=dict(detail),
+            limit=self.promise.limit or _twice(self.promise),
         )  # fmt: skip
         try:
             return self.ledger.reserve(self.account(client), claim)
@@ -98,6 +112,31 @@ def open_guard(config: Config) -> Guard | None:
     if promise is None:
         return None
     return Guard(promise, open_ledger(ledger_place(config)), dataset_name(config))
+
+
+@lru_cache(maxsize=8)
+def _twice(promise: Promise) -> tuple[float, float]:
+    """Bound a run that sets itself none: the whole plan, and as much again for lost rounds."""
+    return promise.spent(2 * promise.rounds).epsilon, promise.delta
+
+
+def require_job(folder: Path, job: str) -> None:
+    """Bind a client to the first job it hears of: another name would be another budget.
+
+    Raises
+    ------
+    FedtuneError
+        The server has changed the job's name.
+    """
+    file = folder / "job"
+    if not file.exists():
+        write_atomic(file, job.encode())
+    elif (known := file.read_text(encoding="utf-8")) != job:
+        raise FedtuneError(
+            f"{BUDGET}: this client takes part in job '{known}', not in '{job}'",
+            hint="a new run has a folder of its own",
+            code=ExitCode.BUDGET_EXHAUSTED,
+        )
 
 
 def rule_of(promise: Promise, names: tuple[str, ...], clip_norm: float) -> Clip:
@@ -145,7 +184,8 @@ def tune_privately(
     parameters = trainable(model)
     device = next(iter(parameters.values())).device
     names, task = tuple(parameters), config.model.task
-    model.train()
+    # No dropout: its masks go by place in the batch, and would tie examples together.
+    model.eval()
     for _ in range(promise.releases):
         rule = rule_of(promise, names, clip_norm)
         drawn = promise.mechanism.draw(len(encoded.ids), source).tolist()
@@ -169,7 +209,6 @@ def tune_privately(
             parameter.grad = torch.from_numpy(noisy[name]).to(device)
         optim.step()
         clip_norm = _moved(promise, clip_norm, noisy)
-    model.eval()
     optim.zero_grad(set_to_none=True)
     return clip_norm
 

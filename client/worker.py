@@ -19,7 +19,14 @@ from torch import nn
 from fedtune.adapters import Tensors, attach, read, write
 from fedtune.client.backprop import optimizer, tune
 from fedtune.client.memory import recall, remember
-from fedtune.client.private import Guard, clip_after, clip_before, open_guard, tune_privately
+from fedtune.client.private import (
+    Guard,
+    clip_after,
+    clip_before,
+    open_guard,
+    require_job,
+    tune_privately,
+)
 from fedtune.config import Config
 from fedtune.data import Encoded, Federation, Shard, encode, load
 from fedtune.errors import ExitCode, FedtuneError
@@ -159,8 +166,10 @@ class Worker:
         adaptive = promise.settings.clip == "quantile" and home is not None
         clip_norm = clip_before(home, task.round, default) if adaptive and home else default
         source = noise_source(
-            config, "client", shard.name, task.job, task.round, task.attempt
+            config, "client", shard.name, task.round, task.attempt
         )  # fmt: skip
+        if home is not None:
+            require_job(home, task.job)
         facts = {"noise": source.name, "clip": promise.settings.clip, "clip_norm": default}
         reservation = guard.reserve(shard.name, task, facts)
         encoded = self._encode(shard, held=False)
@@ -176,11 +185,12 @@ class Worker:
             clip_norm=clip_norm, pad_id=self.base.pad_id,
         )  # fmt: skip
         after = read(model)
+        # First: whoever finds it released must not leave a state that nobody paid for.
+        guard.ledger.release(reservation)
         if kept:
             remember(kept, optim, after=task.round)
         if adaptive and home:
             clip_after(home, task.round, after_norm, task.committed)
-        guard.ledger.release(reservation)
         delta = {name: after[name] - before[name] for name in before}
         return Update(task.round, task.attempt, 1, 0, 0, WITHHELD, delta)
 

@@ -287,6 +287,8 @@ def _require_private(config: Config) -> None:
         (config.evaluation.clients == 0,
          "evaluation.clients=0: scores on private rows are releases; measure on a public file "
          "(data.eval)"),
+        (not data.eval or data.eval != data.source,
+         "a data.eval that is not data.source: it is taken to be public"),
         (data.kind != "classification" or bool(data.labels),
          "data.labels: a label set found in the data is a release"),
     ]  # fmt: skip
@@ -298,6 +300,9 @@ def _require_private(config: Config) -> None:
              "data.pack=false: in packed blocks one row moves all that follow"),
             (data.holdout == 0,
              "data.holdout=0: which rows are held out depends on their number"),
+            (config.tuning.dropout == 0,
+             "tuning.dropout=0: its masks are dealt out by place in the batch, so one example "
+             "more changes everybody's"),
             (data.max_rows == 0,
              "data.max_rows=0: a row that goes would bring in another"),
             (batch <= population,

@@ -7,6 +7,7 @@ Made from the settings alone, never from data: server, clients and the plan that
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,6 +29,7 @@ __all__ = [
     "Promise",
     "client_promise",
     "dataset_name",
+    "default_ledger",
     "example_promise",
     "ledger_place",
     "noise_source",
@@ -193,8 +195,19 @@ def dataset_name(config: Config) -> str:
 
 
 def ledger_place(config: Config) -> str:
-    """Return the file or the database URL of the ledger."""
-    return config.privacy.ledger or str(Path(config.output.folder).expanduser() / "ledger.db")
+    """Return the file or the database URL of the ledger: the settings', or this machine's."""
+    return config.privacy.ledger or default_ledger()
+
+
+def default_ledger() -> str:
+    """Return where this user's ledger is: one for all runs, whatever folder they are in.
+
+    ``FEDTUNE_LEDGER`` if it is set, else ``fedtune/ledger.db`` in the user's data folder.
+    """
+    if given := os.environ.get("FEDTUNE_LEDGER"):
+        return given if "://" in given else str(Path(given).expanduser().resolve())
+    home = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
+    return str(Path(home) / "fedtune" / "ledger.db")
 
 
 def noise_source(config: Config, *purpose: int | str) -> NoiseSource:

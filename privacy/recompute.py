@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedtune.privacy import policy
 from fedtune.privacy.accounting import Spent
 from fedtune.privacy.bounds import ORDERS
 from fedtune.privacy.events import (
@@ -87,8 +86,8 @@ def _accountants(groups: Mapping[Event, int], spent: Spent, relation: Relation) 
     near = f"dp.NeighboringRelation.{relation.name}"
     found = []
     if spent.epsilon_pld is not None:
-        grid = _grid(spent.epsilon, policy.simplified(groups, relation))
-        found.append(f"dp.pld.PLDAccountant({near}{'' if grid == _DEFAULT_GRID else f', {grid}'})")
+        step = "" if spent.grid in {None, _DEFAULT_GRID} else f", {spent.grid}"
+        found.append(f"dp.pld.PLDAccountant({near}{step})")
     if not any(isinstance(event, TruncatedPoissonGaussian) for event in groups):
         orders = "" if _stock_orders() else f"{list(ORDERS)}, "
         found.append(f"dp.rdp.RdpAccountant({orders}neighboring_relation={near})")
@@ -99,12 +98,3 @@ def _stock_orders() -> bool:
     from dp_accounting.rdp import rdp_privacy_accountant
 
     return tuple(rdp_privacy_accountant.DEFAULT_RDP_ORDERS) == ORDERS
-
-
-def _grid(epsilon: float, simple: Mapping[Event, int]) -> float:
-    """Return the step of the privacy loss distribution, by the rule of ``policy``."""
-    steps = [1e-3, 1e-2]
-    if epsilon <= 20 and len(simple) <= 32:
-        steps = [1e-5, 1e-4, *steps] if epsilon < 0.05 else [1e-4, *steps]
-    z = min(event.noise_multiplier for event in simple if not isinstance(event, Unbounded))
-    return next((step for step in steps if (20 / z + 1 / (z * z)) / step <= 1e6), steps[-1])

@@ -11,8 +11,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedtune.config import Config
-from fedtune.errors import FedtuneError
-from fedtune.server.disclose import disclose
+from fedtune.errors import ExitCode, FedtuneError
+from fedtune.server.disclose import Ended, disclose
 from fedtune.server.events import Watcher
 from fedtune.server.link import GridLink
 from fedtune.server.picture import draw
@@ -84,7 +84,13 @@ def _run(
     tuned = load_tuned(config, labels)
     link = GridLink(grid)
     central = open_central(config, folder.job())
-    state = run_rounds(link, tuned, folder, watch, central)
+    try:
+        state = run_rounds(link, tuned, folder, watch, central)
+    except BaseException as error:
+        # What was released until now needs its statement as much as a whole run.
+        with contextlib.suppress(FedtuneError):
+            disclose(tuned, folder, _ended(error))
+        raise
     disclose(tuned, folder)
     difference = save_result(tuned, state, folder, clients=len(link.nodes()))
     draw(folder)
@@ -94,6 +100,13 @@ def _run(
         adapter_difference=difference,
         result=_result(folder),
     )
+
+
+def _ended(error: BaseException) -> Ended:
+    if isinstance(error, FedtuneError):
+        exhausted = error.code == ExitCode.BUDGET_EXHAUSTED
+        return "budget-exhausted" if exhausted else "failed"
+    return "interrupted"
 
 
 def _result(folder: RunFolder) -> dict[str, Any]:

@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any, Literal
 
 from fedtune.adapters import trainable
 from fedtune.config import Config
+from fedtune.errors import ExitCode, FedtuneError
 from fedtune.files import write_json
 from fedtune.privacy.clipping import adapter_blocks
 from fedtune.privacy.events import Unit
@@ -34,7 +36,7 @@ from fedtune.privacy.report_ledger import read_extract
 from fedtune.server.run_folder import RunFolder
 from fedtune.server.tuned import Tuned
 
-__all__ = ["disclose", "facts_of", "statement_of"]
+__all__ = ["Ended", "disclose", "facts_of", "statement_of"]
 
 _PACKAGES = ("fedtune", "dp-accounting", "torch", "flwr", "peft", "cryptography")
 _SCHEMES: dict[str, Literal["everyone", "poisson", "truncated-poisson"]] = {
@@ -49,6 +51,7 @@ def disclose(tuned: Tuned, folder: RunFolder, ended: Ended = "finished") -> None
     if not config.privacy.on:
         return
     extract = open_ledger(ledger_place(config)).extract(folder.job(), compact=True)
+    _require_all(config, extract, _rounds(folder))
     write_json(folder.path / "ledger.json", extract)
     facts = facts_of(tuned, folder, ended)
     write_json(folder.path / "privacy_facts.json", facts.model_dump(mode="json"))
@@ -71,7 +74,7 @@ def statement_of(folder: RunFolder) -> tuple[dict[str, Any], list[str]]:
 def facts_of(tuned: Tuned, folder: RunFolder, ended: Ended = "finished") -> Facts:
     """Return what a run knows about its privacy that its ledger does not."""
     config = tuned.config
-    rounds = max((int(row["round"]) for row in folder.metrics()), default=0)
+    rounds = _rounds(folder)
     insecure = config.privacy.insecure_seeded_noise
     return Facts(
         name=config.name,
@@ -94,6 +97,29 @@ def facts_of(tuned: Tuned, folder: RunFolder, ended: Ended = "finished") -> Fact
                   "take the noise away",) if insecure else (),
         ledger=ledger_place(config),
     )  # fmt: skip
+
+
+def _rounds(folder: RunFolder) -> int:
+    return max((int(row["round"]) for row in folder.metrics()), default=0)
+
+
+def _require_all(config: Config, extract: Mapping[str, Any], rounds: int) -> None:
+    """Refuse a ledger that knows of fewer releases than there were rounds."""
+    for promise in promises(config):
+        charged = sum(
+            group["count"]
+            for account in extract["accounts"] if account["unit"] == promise.unit.value
+            for group in account["groups"]
+        )  # fmt: skip
+        # With secret cohorts a round may have had no client to charge examples for.
+        least = 0 if promise.unit is Unit.EXAMPLE and config.privacy.client else rounds
+        if charged < least * promise.releases:
+            raise FedtuneError(
+                f"the ledger knows of {charged} releases ({promise.unit.value}), "
+                f"{rounds} rounds had at least {least * promise.releases}",
+                hint="it is not the ledger that this run was charged to; bring that one back",
+                code=ExitCode.LEDGER,
+            )
 
 
 def _ran(tuned: Tuned, promise: Promise, rounds: int) -> Ran:
@@ -158,6 +184,20 @@ def _not_covered(config: Config) -> tuple[Omission, ...]:
             why="chosen by the operator; other runs on the same data are in the ledger",
         ),
     ]
+    found.append(
+        Omission(
+            what="how rows became clients",
+            why="taken as given: the bound is about rows of one client after the split",
+        )
+    )
+    if config.privacy.example is not None and config.privacy.client is not None:
+        found.append(
+            Omission(
+                what="how often a client took part, in the example statement",
+                why="its count of releases shows it; publish the client statement alone where "
+                "that matters",
+            )
+        )
     if config.data.eval:
         found.append(
             Omission(what="scores on the held-out file", why="that file is taken to be public")

@@ -143,4 +143,4 @@ def open_central(config: Config, job: str) -> Central | None:
         return None
     ledger = open_ledger(ledger_place(config))
     account = ledger.account(dataset_name(config), Unit.CLIENT, promise.relation)
-    return Central(promise, ledger, account, job, noise_source(config, "server", job))
+    return Central(promise, ledger, account, job, noise_source(config, "server"))

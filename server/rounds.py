@@ -14,6 +14,7 @@ from fedtune.config import Config, TuningConfig
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.measure import Counts, add, scores
 from fedtune.privacy.accounting import epsilon_of_rdp, rdp
+from fedtune.privacy.events import Unit
 from fedtune.privacy.plan import Promise, promises
 from fedtune.resources import memory_mb
 from fedtune.seeds import derive
@@ -92,7 +93,7 @@ def run_rounds(
     while state.round < config.federation.rounds:
         started = time.monotonic()
         state, done = _one_round(link, tuned, state, members, watch, Asking(job, first, central))
-        row = done.row | _bounds(bounds, state.round)
+        row = done.row | _bounds(bounds, state.round, central)
         if _is_due(state.round, config):
             row |= _evaluated(link, tuned, state, members)
         row |= {"seconds": round(time.monotonic() - started, 3), "memory_mb": memory_mb()}
@@ -191,15 +192,17 @@ def _one_round(
 ) -> tuple[State, Round]:  # fmt: skip
     """Try a round until enough clients answer well."""
     federation, central = tuned.config.federation, asking.central
-    for attempt in range(asking.first, asking.first + federation.retries + 1):
+    # Under a promise about clients nothing may depend on who fails: one attempt, always
+    # released, and who did not answer well adds zero.
+    tries = 1 if central else federation.retries + 1
+    for attempt in range(asking.first, asking.first + tries):
         reservation = central.reserve(state.round + 1) if central else None
         chosen = (
             central.draw(members) if central
             else list(cohort_of(members, tuned.config, state.round + 1, attempt))
         )  # fmt: skip
         done = _attempt(link, tuned, state, chosen, attempt, watch, asking)
-        # An empty cohort of secret coins is a round like any other: pure noise.
-        needed = max(0 if central else 1, math.ceil(federation.quorum * len(chosen)))
+        needed = 0 if central else max(1, math.ceil(federation.quorum * len(chosen)))
         if done.cohort.count >= needed:
             after = _apply(tuned, state, done)
             if central and reservation:
@@ -246,6 +249,10 @@ def _attempt(
         )  # fmt: skip
         watch(ClientDone(number, member.client, outcome, reason, up))
     outcomes = [entry["outcome"] for entry in done.clients]
+    if central:
+        # How many were drawn is the sampler's secret: clients.jsonl has it, at the server.
+        del row["bytes_down"]
+        return done
     row |= {f"clients_{kind}": outcomes.count(kind) for kind in ("ok", "late", "failed", "dropped")}
     row["bytes_up"] = sum(entry["bytes_up"] for entry in done.clients)
     return done
@@ -321,11 +328,18 @@ def _apply(tuned: Tuned, state: State, done: Round) -> State:
     )  # fmt: skip
 
 
-def _bounds(bounds: tuple[Promise, ...], number: int) -> dict[str, float]:
-    """Return what the rounds so far cost at most, by the accountant that takes no time."""
+def _bounds(bounds: tuple[Promise, ...], number: int, central: Central | None) -> dict[str, float]:
+    """Return what the rounds so far cost at most, by the accountant that takes no time.
+
+    At client level the ledger says how often; at example level it is with the clients,
+    and this is the cost of one attempt in each round.
+    """
     found = {}
     for promise in bounds:
-        cost = promise.releases * number * rdp(promise.mechanism.event, promise.relation)
+        count = promise.releases * number
+        if central is not None and promise.unit is Unit.CLIENT:
+            count = sum(central.ledger.groups(central.account, central.job).values())
+        cost = count * rdp(promise.mechanism.event, promise.relation)
         found[f"epsilon_{promise.unit.value}"] = epsilon_of_rdp(cost, promise.delta)[0]
     return found
 

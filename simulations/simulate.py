@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import hmac
 import os
+import secrets
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,7 +19,8 @@ from fedtune.client.app import make_client_app, worker_for
 from fedtune.config import Config
 from fedtune.data import Federation, digest, load
 from fedtune.errors import ExitCode, FedtuneError
-from fedtune.privacy.plan import resolve
+from fedtune.files import write_atomic
+from fedtune.privacy.plan import ledger_place, resolve
 from fedtune.resources import cores
 from fedtune.server.app import Outcome, make_server_app
 from fedtune.server.events import Watcher
@@ -53,8 +57,10 @@ def simulate(config: Config, folder: RunFolder, watch: Watcher) -> Federation:
     outcome = Outcome()
     config = resolve(config)
     with folder.lock(), _failure_noted(folder):
+        config = _with_ledger(config, folder)
         federation = load(config.data, config.seed)
-        _require_same_data(folder, digest(federation))
+        found = digest(federation)
+        _require_same_data(folder, _keyed(found, folder) if config.privacy.on else found)
         server = make_server_app(config, federation.labels, folder, watch, outcome)
         run = {"local": _local, "ray": _ray}[config.engine.kind]
         run(config, server, folder.clients, len(federation.shards))
@@ -66,6 +72,32 @@ def simulate(config: Config, folder: RunFolder, watch: Watcher) -> Federation:
             code=ExitCode.ENGINE,
         )
     return federation
+
+
+def _with_ledger(config: Config, folder: RunFolder) -> Config:
+    """Bind a run to the ledger it began with: another one would know nothing of it."""
+    if not config.privacy.on:
+        return config
+    place = folder.status().get("ledger")
+    if place is None:
+        place = ledger_place(config)
+        folder.update_status(ledger=place)
+    elif "://" not in place and not Path(place).is_file():
+        raise FedtuneError(
+            f"the ledger '{place}' of run '{folder.path}' is gone",
+            hint="bring it back: without it nobody knows what was spent",
+            code=ExitCode.LEDGER,
+        )
+    privacy = config.privacy.model_copy(update={"ledger": place})
+    return config.model_copy(update={"privacy": privacy})
+
+
+def _keyed(found: str, folder: RunFolder) -> str:
+    """Hide a digest of private rows from whoever could try rows; the key stays with clients."""
+    file = folder.clients / "digest.key"
+    if not file.exists():
+        write_atomic(file, secrets.token_bytes(32))
+    return hmac.new(file.read_bytes(), found.encode(), hashlib.sha256).hexdigest()
 
 
 def _require_same_data(folder: RunFolder, found: str) -> None:

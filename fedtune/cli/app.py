@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from fedtune.cli.budget import budget
-from fedtune.cli.out import Out
+from fedtune.cli.out import Out, reporting
 from fedtune.cli.report import report
 from fedtune.errors import ExitCode, FedtuneError
 
@@ -62,7 +60,7 @@ def init(
     as_json: Json = False,
 ) -> None:
     """Write a commented experiment file."""
-    with _reporting(Out("init", as_json)) as out:
+    with reporting(Out("init", as_json)) as out:
         if path.exists() and not force:
             raise FedtuneError(
                 f"'{path}' is there already",
@@ -80,14 +78,14 @@ def init(
 @app.command()
 def check(file: File, override: Set = None, as_json: Json = False) -> None:
     """Validate an experiment and print its plan."""
-    with _reporting(Out("check", as_json)) as out:
+    with reporting(Out("check", as_json)) as out:
         _show_plan(out, file, override or [], None)
 
 
 @app.command()
 def plan(file: File, override: Set = None, as_json: Json = False) -> None:
     """Predict a run: bytes, memory, and noise, epsilon curve and rounds of its privacy."""
-    with _reporting(Out("plan", as_json)) as out:
+    with reporting(Out("plan", as_json)) as out:
         _show_plan(out, file, override or [], None)
 
 
@@ -104,7 +102,7 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """Run a whole federation on this machine."""
-    with _reporting(Out("simulate", as_json)) as out:
+    with reporting(Out("simulate", as_json)) as out:
         if file is None and resume is None:
             raise FedtuneError(
                 "nothing to run",
@@ -122,7 +120,7 @@ def simulate(
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what this machine has and which engines work here."""
-    with _reporting(Out("doctor", as_json)) as out:
+    with reporting(Out("doctor", as_json)) as out:
         from fedtune.cli.doctor import examine
 
         found = examine()
@@ -132,7 +130,7 @@ def doctor(as_json: Json = False) -> None:
 @runs.command("list")
 def list_all(folder: Root = Path("runs"), as_json: Json = False) -> None:
     """List the runs of a folder, oldest first."""
-    with _reporting(Out("runs list", as_json)) as out:
+    with reporting(Out("runs list", as_json)) as out:
         from fedtune.server.run_folder import list_runs
 
         found = [
@@ -156,7 +154,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show one run: status, settings that differ from the defaults, rounds."""
-    with _reporting(Out("runs show", as_json)) as out:
+    with reporting(Out("runs show", as_json)) as out:
         from fedtune.config import Config
         from fedtune.configfile import difference
         from fedtune.server.run_folder import find
@@ -282,19 +280,3 @@ def _as_lines(table: dict[str, Any], indent: str = "") -> str:
         else:
             lines.append(f"{indent}{key}: {_cell(value)}")
     return "\n".join(lines)
-
-
-@contextlib.contextmanager
-def _reporting(out: Out) -> Iterator[Out]:
-    """Turn errors into words and an exit status."""
-    try:
-        yield out
-    except FedtuneError as error:
-        raise typer.Exit(out.failure(error)) from None
-    except KeyboardInterrupt:
-        hint = "go on with: fedtune simulate --resume latest" if out.command == "simulate" else ""
-        stopped = FedtuneError("stopped", hint=hint, code=ExitCode.INTERRUPTED)
-        raise typer.Exit(out.failure(stopped)) from None
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(ExitCode.OK) from None

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from fedtune.cli.out import Out
+from fedtune.cli.out import Out, reporting
 from fedtune.errors import ExitCode, FedtuneError
 
 if TYPE_CHECKING:
@@ -31,7 +30,8 @@ Place = Annotated[
     typer.Option("--ledger", envvar="FEDTUNE_LEDGER", help="A file, or postgresql://..."),
 ]
 OnlySet = Annotated[str | None, typer.Argument(metavar="DATASET", help="One data set only.")]
-DEFAULT = str(Path("runs") / "ledger.db")
+DEFAULT = ""
+"""This machine's own."""
 
 
 @budget.command("show")
@@ -44,13 +44,13 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show what was spent of each budget, over all jobs."""
-    with _reporting(Out("budget show", as_json)) as out:
+    with reporting(Out("budget show", as_json)) as out:
         book = _open(ledger)
         known: _Known = {}
         rows = [_account(book, account, delta, known) for account in _chosen(book, dataset)]
         names = ("dataset", "unit", "spent", "budget", "left", "delta", "releases", "in_flight")
         text = _table(names, ([row[name] for name in names] for row in rows))
-        out.result({"accounts": rows}, text if rows else f"nothing was spent in '{ledger}'")
+        out.result({"accounts": rows}, text if rows else "nothing was spent")
 
 
 @budget.command("history")
@@ -62,7 +62,7 @@ def history(
     as_json: Json = False,
 ) -> None:
     """List the entries: who reserved, released, aborted, or set a budget, and when."""
-    with _reporting(Out("budget history", as_json)) as out:
+    with reporting(Out("budget history", as_json)) as out:
         book = _open(ledger)
         found: list[Entry] = []
         for account in _chosen(book, dataset):
@@ -81,7 +81,7 @@ def history(
 @budget.command("verify")
 def verify(ledger: Place = DEFAULT, as_json: Json = False) -> None:
     """Check every hash and every total; exit 32 at the first that is wrong."""
-    with _reporting(Out("budget verify", as_json)) as out:
+    with reporting(Out("budget verify", as_json)) as out:
         checked = [
             {
                 "dataset": one.account.dataset, "unit": one.account.unit.value,
@@ -113,9 +113,10 @@ def set_cap(
     as_json: Json = False,
 ) -> None:
     """Set the owner's cap on a data set; a new ledger is made when there is none."""
-    with _reporting(Out("budget set", as_json)) as out:
+    with reporting(Out("budget set", as_json)) as out:
         from fedtune.privacy.events import Relation, Unit
         from fedtune.privacy.ledger import open_ledger
+        from fedtune.privacy.plan import default_ledger
 
         if no_cap == (epsilon is not None) or (epsilon is None) != (delta is None):
             raise FedtuneError(
@@ -124,7 +125,7 @@ def set_cap(
                 code=ExitCode.USAGE,
             )
         key = (_one_of(Unit, "--unit", unit), _one_of(Relation, "--relation", relation))
-        book = open_ledger(ledger, actor=actor)
+        book = open_ledger(ledger or default_ledger(), actor=actor)
         account = book.account(dataset, *key)
         before = account.epsilon, account.delta
         account = book.set_budget(account, epsilon, delta, book.actor, note)
@@ -136,8 +137,9 @@ def set_cap(
 
 def _open(place: str) -> Ledger:
     from fedtune.privacy.ledger import open_ledger
+    from fedtune.privacy.plan import default_ledger
 
-    return open_ledger(place, create=False)
+    return open_ledger(place or default_ledger(), create=False)
 
 
 def _chosen(book: Ledger, dataset: str | None) -> list[Account]:
@@ -231,10 +233,3 @@ def _one_of(kind: Any, option: str, value: str) -> Any:
             hint=f"one of {', '.join(one.value for one in kind)}",
             code=ExitCode.USAGE,
         ) from None
-
-
-def _reporting(out: Out) -> Any:
-    # ``app`` imports this module; what both need is there.
-    from fedtune.cli import app
-
-    return app._reporting(out)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import typer
 from rich.console import Console
 
 from fedtune.errors import ExitCode, FedtuneError
 
-__all__ = ["ENVELOPE", "Out"]
+__all__ = ["ENVELOPE", "Out", "reporting"]
 
 ENVELOPE = 1
 """Version of the JSON envelope: ``{"schema", "command", "ok", "result" | "error"}``."""
@@ -63,3 +66,19 @@ class Out:
     def _envelope(self, **content: Any) -> None:
         envelope = {"schema": ENVELOPE, "command": self.command} | content
         sys.stdout.write(json.dumps(envelope, allow_nan=False, default=str) + "\n")
+
+
+@contextlib.contextmanager
+def reporting(out: Out) -> Iterator[Out]:
+    """Turn errors into words and an exit status."""
+    try:
+        yield out
+    except FedtuneError as error:
+        raise typer.Exit(out.failure(error)) from None
+    except KeyboardInterrupt:
+        hint = "go on with: fedtune simulate --resume latest" if out.command == "simulate" else ""
+        stopped = FedtuneError("stopped", hint=hint, code=ExitCode.INTERRUPTED)
+        raise typer.Exit(out.failure(stopped)) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(ExitCode.OK) from None

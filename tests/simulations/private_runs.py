@@ -23,7 +23,10 @@ def private(folder: Path, shared: Path, **changes: Any) -> Config:
     base: dict[str, Any] = {
         "data__holdout": 0.0, "data__pack": False, "data__max_length": 16, "tuning__steps": 2,
         "federation__weighting": "uniform", "evaluation__clients": 0,
-        "privacy": {"insecure_seeded_noise": True, "dataset": "stories"},
+        "privacy": {
+            "insecure_seeded_noise": True, "dataset": "stories",
+            "ledger": str(folder / "ledger.db"),
+        },
     }  # fmt: skip
     return settings(folder, shared, **(base | changes))
 

@@ -62,7 +62,10 @@ def story(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
         "data__holdout": 0.0, "data__pack": False, "data__max_length": 16, "tuning__steps": 1,
         "federation": {"rounds": ROUNDS, "weighting": "uniform", "cohort": 0.5},
         "evaluation": {"clients": 0}, "engine": {"executor": "threads", "workers": 1},
-        "privacy": {"dataset": "stories", "client": CLIENT, "example": EXAMPLE},
+        "privacy": {
+            "dataset": "stories", "ledger": str(home / "ledger.db"), "client": CLIENT,
+            "example": EXAMPLE,
+        },
     }  # fmt: skip
     file, log = experiment(home, shared, **changes), home / "log.txt"
     rng = random.Random(20261121)
