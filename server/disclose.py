@@ -173,12 +173,8 @@ def _data(config: Config) -> Data:
 
 
 def _not_covered(config: Config) -> tuple[Omission, ...]:
+    """Return what this run leaves out besides what every run does (``trust.omissions``)."""
     found = [
-        Omission(what="the base model", why="what it learnt before is not part of this run"),
-        Omission(
-            what="when and how fast clients answered, sizes of messages, who took part",
-            why="seen on the network and in the operator's own logs, which are not published",
-        ),
         Omission(
             what="the choice of settings",
             why="chosen by the operator; other runs on the same data are in the ledger",
@@ -197,9 +193,5 @@ def _not_covered(config: Config) -> tuple[Omission, ...]:
                 why="its count of releases shows it; publish the client statement alone where "
                 "that matters",
             )
-        )
-    if config.data.eval:
-        found.append(
-            Omission(what="scores on the held-out file", why="that file is taken to be public")
         )
     return tuple(found)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fedtune.cli.out import Out
+from fedtune.cli.out import Out, reporting
 from fedtune.errors import ExitCode, FedtuneError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def report(
 ) -> None:
     """Make the privacy report of a run, signed; or check one."""
     out = Out("report", as_json)
-    with _reporting(out):
+    with reporting(out):
         if check:
             verify(out, Path(run), key, out_file)
         else:
@@ -232,10 +232,3 @@ def _clean(text: str) -> str:
     from fedtune.privacy.words import shown
 
     return shown(text)
-
-
-def _reporting(out: Out) -> Any:
-    """Turn errors into words and an exit status, as every command does."""
-    from fedtune.cli import app  # it registers this command, so it cannot be imported above
-
-    return app._reporting(out)

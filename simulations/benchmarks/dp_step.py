@@ -15,6 +15,8 @@ for each variant, its peak during steps over what it held before the first of th
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import json
 import logging
 import multiprocessing
@@ -43,6 +45,7 @@ from fedtune.simulations.benchmarks.dp_step_variants import (
 __all__ = ["Figures", "main"]
 
 THREADS = 2
+MMAP_THRESHOLD = -3  # of mallopt(3)
 QUICK = Size(layers=2, vocabulary=2048, batch=8, micro=4)
 LIBRARIES = [
     "fedtune.simulations.benchmarks.dp_step_variants",
@@ -94,6 +97,9 @@ def peak_memory(method: str, size: Size, variants: Sequence[str]) -> dict[str, f
 def measure_memory(method: str, variant: str, size: Size, steps: int = 2) -> float:
     """Measure this process: a small step first, so that libraries and states are there."""
     _prepare()
+    # Large tensors go back to the system at once: what is left is what is in use.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 16)
     _, step = step_of(method, variant, size)
     step(batch_of(size, rows=2, length=8))
     before = _status("VmRSS")
