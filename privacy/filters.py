@@ -124,7 +124,7 @@ class RenyiFilter:
         if isinstance(admitted, bool) or not isinstance(admitted, int):
             raise refuse(f"state of a filter: admitted={admitted!r}")
         try:
-            relation = Relation(state.get("relation"))
+            relation = Relation(str(state.get("relation")))
         except ValueError as error:
             raise refuse(f"state of a filter: relation={state.get('relation')!r}") from error
         return RenyiFilter(order, epsilon, delta, relation, spent, admitted)
