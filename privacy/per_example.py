@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,35 +20,18 @@ from torch import nn
 from fedtune.adapters import Task, trainable
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.privacy.clipping import Clip
+from fedtune.privacy.per_example_assign import assign, refuse_coupling
 from fedtune.privacy.per_example_book import Book, ClippedSum, clipped
 from fedtune.privacy.per_example_grads import dense
 from fedtune.privacy.per_example_hooks import Hooks
-from fedtune.privacy.per_example_layers import forward_of, kind_of, prompt_of
+from fedtune.privacy.per_example_layers import forward_of, prompt_of
 from fedtune.privacy.per_example_loss import Batch, example_losses, public_batch, rows, single
+from fedtune.privacy.per_example_proof import Proof, difference, moved, still
 
 __all__ = ["ClippedSum", "LossOf", "PerExample", "Proof", "example_losses", "refuse_coupling"]
 
 LossOf = Callable[[Batch], torch.Tensor]
 """Takes a batch of B examples and returns their losses, (B,)."""
-
-
-@dataclass(frozen=True)
-class Proof:
-    """What the self-check found.
-
-    Attributes
-    ----------
-    mode : {"fast", "loop"}
-        How gradients are computed from here on.
-    error : float
-        Largest relative difference to single-example backward passes; 0 for ``loop``.
-    reason : str
-        Why it is a loop, or ''.
-    """
-
-    mode: str
-    error: float
-    reason: str
 
 
 class PerExample:
@@ -82,7 +64,7 @@ class PerExample:
         self._named = trainable(model)
         self.names = tuple(self._named)
         self._ids = {id(parameter): name for name, parameter in self._named.items()}
-        self._own, self._others, self._late, self.reason = _assign(model, self._named)
+        self._own, self._others, self._late, self.reason = assign(model, self._named)
         if loop:
             self.reason = "asked for"
         self._book: Book | None = None
@@ -199,10 +181,10 @@ class PerExample:
         if any(p.dtype in (torch.bfloat16, torch.float16) for p in self._model.parameters()):
             most = max(most, 0.05)
         batch = public_batch(self._model, task)
-        with _still(self._model), _moved(self._named):
+        with still(self._model), moved(self._named):
             expected = self._looped(used, batch)
             try:
-                error = _difference(self.gradients(used, batch), expected)
+                error = difference(self.gradients(used, batch), expected)
                 why = "" if error <= most else f"gradients differ by {error:.1e}"
             except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as failure:
                 error, why = float("inf"), f"{type(failure).__name__}: {failure}"
@@ -298,81 +280,6 @@ class PerExample:
         }
 
 
-def refuse_coupling(model: nn.Module) -> None:
-    """Raise if one example of a batch changes what another one computes.
-
-    Batch normalisation also keeps statistics of the data that no noise is added to.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise _coupled(f"'{name}' normalises over the batch")
-    settings: Any = getattr(model, "config", None)
-    if getattr(settings, "output_router_logits", False):
-        raise _coupled("its experts are balanced over the batch (output_router_logits)")
-    if getattr(settings, "expert_capacity", None):
-        raise _coupled("tokens of the batch compete for its experts (expert_capacity)")
-
-
-def _coupled(why: str) -> FedtuneError:
-    return FedtuneError(
-        f"this model cannot be trained with privacy for each example: {why}",
-        hint="use a model in which examples do not see each other",
-        code=ExitCode.MODEL,
-    )
-
-
-def _assign(
-    model: nn.Module, named: dict[str, nn.Parameter]
-) -> tuple[list[nn.Module], list[nn.Module], frozenset[str], str]:
-    """Choose who makes the gradients of which parameters.
-
-    Returns
-    -------
-    own, others : list of Module
-        Layers that do it themselves, and layers for Opacus.
-    late : frozenset of str
-        Parameters of the latter.
-    reason : str
-        Why it must be a loop, or ''.
-    """
-    names = {id(parameter): name for name, parameter in named.items()}
-    own, others = [], []
-    ours: set[int] = set()
-    theirs: set[int] = set()
-    for module in model.modules():
-        mine = {id(p) for p in module.parameters() if p.requires_grad}
-        direct = {id(p) for p in module.parameters(recurse=False) if p.requires_grad}
-        kind = kind_of(module) if mine else ""
-        if kind in ("linear", "embedding"):
-            own.append(module)
-            ours |= direct
-        elif kind and mine - ours:
-            own.append(module)
-            ours |= {id(p) for p in _vectors(module)}
-        elif direct - ours and mine == direct and not _container(module):
-            others.append(module)
-            theirs |= direct
-    late = frozenset(names[i] for i in theirs)
-    both = ours & theirs
-    left = sorted(name for i, name in names.items() if i not in ours | theirs)
-    if both:
-        return [], [], frozenset(), f"'{names[both.pop()]}' is shared by layers of two sorts"
-    if left:
-        return [], [], frozenset(), f"'{left[0]}' is in a layer of an unknown sort"
-    if others and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
-        return [], [], frozenset(), "gradient checkpointing runs past hooks"
-    return own, others, late, ""
-
-
-def _container(module: nn.Module) -> bool:
-    return isinstance(module, nn.ParameterDict | nn.ParameterList)
-
-
-def _vectors(module: Any) -> Iterator[nn.Parameter]:
-    for attribute in ("ia3_l", "beft_bias"):
-        yield from (p for p in getattr(module, attribute, {}).values() if p.requires_grad)
-
-
 def _losses(loss_of: LossOf, batch: Batch) -> torch.Tensor:
     with torch.enable_grad():
         losses = loss_of(batch)
@@ -383,45 +290,3 @@ def _losses(loss_of: LossOf, batch: Batch) -> torch.Tensor:
             code=ExitCode.MODEL,
         )
     return losses
-
-
-def _difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Return the largest relative difference of any parameter's gradient of any example."""
-    whole = torch.stack([e.flatten(1).norm(dim=1).double() for e in expected.values()])
-    floor = 1e-3 * whole.square().sum(0).sqrt()
-    worst = 0.0
-    for name, reference in expected.items():
-        gap = (found[name] - reference).flatten(1).norm(dim=1).double()
-        size = reference.flatten(1).norm(dim=1).double() + floor
-        ratio = gap / size.clamp(min=1e-30)
-        worst = max(worst, float(ratio.nan_to_num(float("inf")).max()))
-    return worst
-
-
-@contextlib.contextmanager
-def _still(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off, and back to what each module was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextlib.contextmanager
-def _moved(named: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Move parameters a little, and back to the bit."""
-    random = torch.Generator().manual_seed(1)
-    before = {name: parameter.detach().clone() for name, parameter in named.items()}
-    try:
-        with torch.no_grad():
-            for parameter in named.values():
-                step = 0.02 * torch.randn(parameter.shape, generator=random)
-                parameter.add_(step.to(parameter.device, parameter.dtype))
-        yield
-    finally:
-        with torch.no_grad():
-            for name, parameter in named.items():
-                parameter.copy_(before[name])

@@ -2,32 +2,30 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
-from fedtune.adapters import Task, attach, trainable
-from fedtune.config import TuningConfig
+from fedtune.adapters import trainable
 from fedtune.errors import FedtuneError
-from fedtune.models import Base
-from fedtune.privacy.clipping import Automatic, Clip, Flat, PerBlock, adapter_blocks
-from fedtune.privacy.per_example import ClippedSum, PerExample, example_losses, refuse_coupling
-from fedtune.privacy.per_example_loss import public_batch
-
-Tensors = dict[str, torch.Tensor]
-METHODS = ("full", "lora", "lora-frozen-a", "prompt", "prefix", "p-tuning-v2", "ia3", "layernorm")
+from fedtune.privacy.clipping import Flat, PerBlock, adapter_blocks
+from fedtune.privacy.per_example import PerExample, refuse_coupling
+from tests.privacy.networks import (
+    METHODS,
+    by_hand,
+    close,
+    data,
+    losses,
+    network,
+    reference,
+    rules,
+    task_of,
+    tuned,
+    worst,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -36,96 +34,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def network(family: str, **changes: Any) -> nn.Module:
-    torch.manual_seed(3)
-    if family == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(**{
-            "vocab_size": 61, "n_positions": 40, "n_embd": 16, "n_layer": 2, "n_head": 2,
-            "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1,
-            "eos_token_id": 2, "pad_token_id": 0} | changes))  # fmt: skip
-    if family == "bert":
-        return BertForSequenceClassification(BertConfig(**{
-            "vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "intermediate_size": 32, "max_position_embeddings": 40, "hidden_dropout_prob": 0.0,
-            "attention_probs_dropout_prob": 0.0, "pad_token_id": 0, "num_labels": 3} | changes
-        ))  # fmt: skip
-    return LlamaForCausalLM(LlamaConfig(**{
-        "vocab_size": 61, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 40,
-        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0} | changes))  # fmt: skip
-
-
-def task_of(family: str) -> Task:
-    return "classification" if family == "bert" else "causal-lm"
-
-
-def tuned(family: str, method: str, **options: Any) -> nn.Module:
-    base = network(family)
-    if method == "full":
-        return base.requires_grad_(True)
-    base.requires_grad_(False)
-    tuning = TuningConfig(adapter=method, rank=2, alpha=4.0, tokens=3, options=options)
-    model = attach(Base(base, None, 0), tuning, task_of(family), seed=5)
-    random = torch.Generator().manual_seed(7)
-    with torch.no_grad():  # B = 0 and the like would hide errors
-        for parameter in trainable(model).values():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=random))
-    return model
-
-
-def data(model: nn.Module, task: Task, lengths: tuple[int, ...] = (9, 4, 6, 2)) -> Tensors:
-    return public_batch(model, task, lengths, seed=11)
-
-
-def losses(model: nn.Module, task: Task) -> Callable[[Any], torch.Tensor]:
-    return lambda batch: example_losses(model, batch, task)
-
-
-def alone(model: nn.Module, batch: Tensors, index: int, task: Task) -> Tensors:
-    """Return the gradient of one example, cut to its own length, by plain autograd."""
-    length = int(batch["attention_mask"][index].sum())
-    ids = batch["input_ids"][index : index + 1, :length]
-    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    if task == "classification":
-        loss = F.cross_entropy(logits, batch["labels"][index : index + 1])
-    else:
-        target = batch["labels"][index, 1:length]
-        loss = F.cross_entropy(logits[0, -length:-1], target)
-    named = trainable(model)
-    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(p) if g is None else g.detach()
-        for (name, p), g in zip(named.items(), found, strict=True)
-    }
-
-
-def reference(model: nn.Module, batch: Tensors, task: Task) -> Tensors:
-    each = [alone(model, batch, i, task) for i in range(len(batch["input_ids"]))]
-    return {name: torch.stack([grads[name] for grads in each]) for name in each[0]}
-
-
-def worst(found: Tensors, expected: Tensors) -> float:
-    """Return the largest error of any parameter, relative to its example's whole gradient."""
-    assert found.keys() == expected.keys()
-    size = (
-        torch.stack([e.flatten(1).norm(dim=1) for e in expected.values()])
-        .norm(dim=0)
-        .clamp(min=1e-9)
-    )
-    gaps = [(found[n] - e).flatten(1).norm(dim=1) / size for n, e in expected.items()]
-    return float(torch.stack(gaps).max())
-
-
-def rules(engine: PerExample) -> list[Clip]:
-    blocks = adapter_blocks(engine.names)
-    norms = tuple(0.05 + 0.01 * i for i in range(len(blocks)))
-    return [Flat(0.2), Automatic(0.7), PerBlock(blocks, norms)]
-
-
-def close(left: Tensors, right: Tensors, most: float = 1e-6) -> bool:
-    return all(torch.allclose(left[n], right[n], rtol=1e-5, atol=most) for n in right)
 
 
 # ---------------------------------------------------------------- exact, on every family
@@ -146,20 +54,6 @@ def test_gradients_are_those_of_single_examples(family: str, method: str) -> Non
     for rule in rules(engine):
         found = engine.clipped_sum(losses(model, task), batch, rule)
         assert close(found.sums, by_hand(expected, rule))
-
-
-def by_hand(each: Tensors, rule: Clip) -> Tensors:
-    """Clip and add gradients in float64, in the plainest way."""
-    sums = {name: torch.zeros(e.shape[1:], dtype=torch.float64) for name, e in each.items()}
-    blocks = rule.blocks(tuple(each))
-    for i in range(len(next(iter(each.values())))):
-        for block, bound in zip(blocks, rule.norms, strict=True):
-            norm = math.sqrt(sum(float(each[n][i].double().square().sum()) for n in block))
-            gamma = getattr(rule, "gamma", 0.0)
-            factor = bound / (norm + gamma) if gamma else min(1.0, bound / max(norm, 1e-300))
-            for name in block:
-                sums[name] += factor * each[name][i].double()
-    return {name: total.float() for name, total in sums.items()}
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert", "llama"])
@@ -438,173 +332,3 @@ def test_v11_long_vectors_do_not_overshoot() -> None:
     found = engine.clipped_sum(lambda b: model(b["x"]).sum(1), batch, Flat(1.0))
     size = float(found.sums["weight"].double().norm()) / 2
     assert 1 - 1e-5 < size <= 1 + 1e-5
-
-
-# ---------------------------------------------------------------- the model is left alone
-
-
-def snapshot(model: nn.Module) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        found[name] = (sorted(module.__dict__), module.training,
-                       len(module._forward_hooks), len(module._backward_hooks))  # fmt: skip
-    for name, parameter in model.named_parameters():
-        found[f"p:{name}"] = (sorted(parameter.__dict__), parameter.detach().clone())
-    return found
-
-
-def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
-    return left.keys() == right.keys() and all(
-        torch.equal(value[1], right[name][1]) and value[0] == right[name][0]
-        if name.startswith("p:")
-        else value == right[name]
-        for name, value in left.items()
-    )
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("method", METHODS)
-def test_the_model_is_left_as_found(method: str, training: bool) -> None:
-    model = tuned("gpt2", method).train(training)
-    model.get_submodule("base_model" if method != "full" else "transformer").train(not training)
-    marks = {name: torch.full_like(p, 3.0) for name, p in trainable(model).items()}
-    for name, parameter in trainable(model).items():
-        parameter.grad = marks[name]
-    before = snapshot(model)
-    engine = PerExample(model)
-    assert engine.prove("causal-lm").mode == "fast"
-    for rule in rules(engine):
-        engine.clipped_sum(losses(model, "causal-lm"), data(model, "causal-lm"), rule)
-    assert same(before, snapshot(model))
-    for name, parameter in trainable(model).items():
-        assert parameter.grad is marks[name]
-        assert parameter.grad.eq(3.0).all()
-
-
-@pytest.mark.parametrize("method", ["lora", "prompt", "layernorm"])
-def test_attached_is_the_same_and_harmless_outside_a_call(method: str) -> None:
-    model = tuned("llama", method)
-    engine, mine = PerExample(model), losses(model, "causal-lm")
-    batch = data(model, "causal-lm")
-    before = engine.clipped_sum(mine, batch, Flat(0.2))
-    untouched = mine(batch)
-    with engine.attached():
-        inside = engine.clipped_sum(mine, batch, Flat(0.2))
-        again = engine.clipped_sum(mine, batch, Flat(0.2))
-        assert torch.equal(mine(batch), untouched)
-        mine(batch).sum().backward()
-    plain = {name: p.grad for name, p in trainable(model).items()}
-    summed = {name: g.sum(0) for name, g in engine.gradients(mine, batch).items()}
-    assert close(plain, summed, most=1e-5)  # type: ignore[arg-type]
-    assert close(before.sums, inside.sums, most=1e-7)
-    assert close(inside.sums, again.sums, most=1e-7)
-
-
-def test_an_error_inside_leaves_no_trace() -> None:
-    model = tuned("llama", "layernorm")
-    engine = PerExample(model)
-    before = snapshot(model)
-
-    def broken(batch: Any) -> torch.Tensor:
-        example_losses(model, batch, "causal-lm")
-        raise OSError("broken")
-
-    with pytest.raises(OSError, match="broken"):
-        engine.clipped_sum(broken, data(model, "causal-lm"), Flat(1.0))
-    assert same(before, snapshot(model))
-    found = engine.clipped_sum(losses(model, "causal-lm"), data(model, "causal-lm"), Flat(1.0))
-    assert isinstance(found, ClippedSum)
-
-
-# ---------------------------------------------------------------- what does not fit
-
-
-def test_a_weight_used_behind_our_back_is_noticed() -> None:
-    model = tuned("llama", "lora")
-    name, weight = next(iter(trainable(model).items()))
-    mine = losses(model, "causal-lm")
-
-    def regularised(batch: Any) -> torch.Tensor:
-        return mine(batch) + weight.square().sum()
-
-    engine = PerExample(model)
-    batch = data(model, "causal-lm")
-    with pytest.raises(FedtuneError, match="outside of its layer"):
-        engine.clipped_sum(regularised, batch, Flat(1.0))
-    assert engine.prove("causal-lm", regularised).mode == "loop"
-    found = engine.gradients(regularised, batch)
-    expected = reference(model, batch, "causal-lm")
-    assert torch.allclose(found[name], expected[name] + 2 * weight.detach(), atol=1e-5)
-
-
-class Mixed(nn.Module):
-    """Gives a layer all tokens of all examples as one long list."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(61, 8)
-        self.layer = nn.Linear(8, 61)
-        self.config = LlamaConfig(vocab_size=61, pad_token_id=0)
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
-        del attention_mask
-        hidden = self.embed(input_ids)
-        logits = self.layer(hidden.flatten(0, 1)).view(*input_ids.shape, -1)
-        return type("Output", (), {"logits": logits})
-
-
-def test_a_layer_that_mixes_examples_is_found() -> None:
-    model = Mixed()
-    engine = PerExample(model)
-    assert engine.prove("causal-lm").mode == "loop"
-    assert "36, 61, 8) for 3 examples" in engine.reason
-    batch = data(model, "causal-lm")
-    expected = reference(model, batch, "causal-lm")
-    assert worst(engine.gradients(losses(model, "causal-lm"), batch), expected) < 1e-5
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_layers_are_exact(reentrant: bool) -> None:
-    base = network("llama").requires_grad_(False)
-    model = attach(Base(base, None, 0), TuningConfig(rank=2), "causal-lm", seed=1).train()
-    batch = data(model, "causal-lm")
-    expected = reference(model, batch, "causal-lm")
-    inner: Any = next(m for m in model.modules() if isinstance(m, LlamaForCausalLM))
-    inner.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    inner.enable_input_require_grads()
-    engine = PerExample(model)
-    for rule in rules(engine):
-        found = engine.clipped_sum(losses(model, "causal-lm"), batch, rule)
-        assert close(found.sums, by_hand(expected, rule))
-
-
-def test_checkpointing_past_hooks_is_a_loop() -> None:
-    model: Any = tuned("llama", "full")
-    model.gradient_checkpointing_enable()
-    assert PerExample(model).mode == "loop"
-
-
-def test_losses_must_be_one_for_each_example() -> None:
-    model = tuned("llama", "lora")
-    engine = PerExample(model)
-    with pytest.raises(FedtuneError, match="4 examples"):
-        engine.clipped_sum(lambda b: losses(model, "causal-lm")(b).mean(),
-                           data(model, "causal-lm"), Flat(1.0))  # fmt: skip
-
-
-def test_dropout_is_fine_and_off_during_the_proof() -> None:
-    base = network("llama", attention_dropout=0.5).requires_grad_(False)
-    tuning = TuningConfig(rank=2, dropout=0.5)
-    model = attach(Base(base, None, 0), tuning, "causal-lm", seed=1).train()
-    engine = PerExample(model)
-    assert engine.prove("causal-lm").mode == "fast"
-    found = engine.clipped_sum(losses(model, "causal-lm"), data(model, "causal-lm"), Flat(1.0))
-    assert found.dropped == 0
-    assert all(module.training for module in model.modules())
-
-
-def test_padding_of_embeddings_has_no_gradient() -> None:
-    model = nn.Embedding(5, 3, padding_idx=2)
-    batch = {"ids": torch.tensor([[2, 1, 1], [4, 2, 0]])}
-    found = PerExample(model).gradients(lambda b: model(b["ids"]).sum((1, 2)), batch)["weight"]
-    assert found[:, :, 0].tolist() == [[0, 2, 0, 0, 0], [1, 0, 0, 0, 1]]
