@@ -14,6 +14,7 @@ from fedtune.adapters import Task, trainable
 from fedtune.client.backprop import LocalRun, groups, steps_of
 from fedtune.client.probes import (
     Copies,
+    Probed,
     Score,
     ScoreMany,
     Seen,
@@ -30,7 +31,7 @@ from fedtune.pool.layout import Arena, Layout
 from fedtune.pool.pool import make_pool
 from fedtune.seeds import derive
 
-__all__ = ["POOL", "Scorer", "arena_of", "directions_key", "tune"]
+__all__ = ["Scorer", "arena_of", "fresh", "tune", "walker_of"]
 
 POOL = 4096
 """Directions of one pool of the stream; the next pool has a key of its own."""
@@ -108,6 +109,16 @@ class Scorer:
         seen = [self._copies.see(self.walker, batch, moves) for batch in self._group]
         return [self._count(own) for own in zip(*seen, strict=True)]
 
+    def step(
+        self, group: Sequence[dict[str, torch.Tensor]], directions: Sequence[int], lr: float
+    ) -> Probed:
+        """Probe ``directions`` on this group and walk along them; return what was seen."""
+        score, many = self.take(group)
+        probed = probe(self.walker, directions, score, self.settings, many)
+        for k, alpha in zip(directions, step_sizes(probed, self.settings, lr), strict=True):
+            self.walker.move(k, float(alpha))
+        return probed
+
     def mean(self) -> float:
         """Return the mean loss in nats, NaN where no pass was finite."""
         return self.loss / max(self.units, 1) if self._finite else math.nan
@@ -122,9 +133,29 @@ class Scorer:
         return rate(seen, self.settings.objective)
 
 
-def directions_key(seed: int) -> bytes:
-    """Return the key of a round's directions, 16 bytes."""
-    return b"".join(derive(seed, "directions", part).to_bytes(8, "big") for part in (0, 1))
+def walker_of(model: nn.Module, seed: int, threads: int) -> Walker:
+    """Return what walks a model's trainable parameters along directions without end.
+
+    Parameters
+    ----------
+    seed : int
+        Gives the key of the directions.
+    """
+    arena = arena_of(model)
+    key = b"".join(derive(seed, "directions", part).to_bytes(8, "big") for part in (0, 1))
+    stream = Stream(lambda epoch: make_pool("hadamard", key, epoch, POOL, arena.layout, threads))
+    return Walker(stream, arena.flat)
+
+
+def fresh(step: int, count: int) -> range:
+    """Return the directions of one step; none is used twice.
+
+    Examples
+    --------
+    >>> list(fresh(2, 3))
+    [6, 7, 8]
+    """
+    return range(step * count, (step + 1) * count)
 
 
 def tune(
@@ -172,19 +203,12 @@ def tune(
     settings = tuning.probe
     require_steps(settings)
     model.eval()
-    arena = arena_of(model)
-    key = directions_key(seed)
-    stream = Stream(lambda epoch: make_pool("hadamard", key, epoch, POOL, arena.layout, threads))
-    walker = Walker(stream, arena.flat)
+    walker = walker_of(model, seed, threads)
     scorer = Scorer(model, walker, task, settings)
     total = steps_of(len(encoded.ids), tuning)
     try:
         for step, group in enumerate(groups(encoded, tuning, task, total, seed, pad_id)):
-            score, many = scorer.take(group)
-            directions = range(step * settings.count, (step + 1) * settings.count)
-            probed = probe(walker, directions, score, settings, many)
-            for n, alpha in zip(directions, step_sizes(probed, settings, lr), strict=True):
-                walker.move(n, float(alpha))
+            scorer.step(group, fresh(step, settings.count), lr)
             if tuning.weight_decay:
                 walker.settle()
                 walker.weights.mul_(1.0 - lr * tuning.weight_decay)

@@ -30,6 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fedtune.client.projection import Projects, projecting
 from fedtune.config import Config
 from fedtune.data import Encoded, batches
 from fedtune.errors import ExitCode, FedtuneError
@@ -42,7 +43,6 @@ from fedtune.privacy.plan import BITS, Promise
 __all__ = [
     "SLOPES",
     "Projector",
-    "Projects",
     "ScoreExamples",
     "Walks",
     "tune_by_probes_privately",
@@ -68,19 +68,6 @@ class Walks(Protocol):
 
     def settle(self) -> None:
         """Bring the weights to where all moves so far lead."""
-
-
-class Projects(Protocol):
-    """What is needed of a seed pool."""
-
-    @property
-    def size(self) -> int:
-        """K, how many directions there are."""
-
-    def project(
-        self, g: torch.Tensor, start: int = 0, into: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return <z_k, g> for every direction, of a piece that begins at ``start``."""
 
 
 @dataclass(frozen=True)
@@ -134,32 +121,11 @@ class Projector:
         """Return <z_k, gradient of the loss> for every k, shape (K,); NaN if not finite."""
         device = self.parameters[self.layout.spans[0].name].device
         into = torch.zeros(self.pool.size, device=device)
-        broken: list[str] = []
-
-        def taken(name: str, start: int) -> Callable[[torch.Tensor], None]:
-            def hook(parameter: torch.Tensor) -> None:
-                gradient, parameter.grad = parameter.grad, None
-                if gradient is None:
-                    return
-                if bool(torch.isfinite(gradient).all()):
-                    self.pool.project(gradient.reshape(-1), start, into)
-                else:
-                    broken.append(name)
-
-            return hook
-
-        hooks = [
-            self.parameters[span.name].register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                taken(span.name, span.start)
-            )
-            for span in self.layout.spans
-        ]
-        try:
-            with torch.enable_grad():
-                loss().backward()  # type: ignore[no-untyped-call]
-        finally:
-            for one in hooks:
-                one.remove()
+        with (
+            projecting(self.pool, self.layout, self.parameters, into) as broken,
+            torch.enable_grad(),
+        ):
+            loss().backward()  # type: ignore[no-untyped-call]
         found = into.double().cpu().numpy()
         return np.full_like(found, np.nan) if broken else found
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from itertools import islice
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedtune.adapters import trainable
-from fedtune.client.mezo import POOL, arena_of, directions_key
+from fedtune.client.mezo import fresh, walker_of
 from fedtune.client.private_probes import (
     Projector,
     ScoreExamples,
@@ -20,11 +19,10 @@ from fedtune.client.private_probes import (
     tune_projected_privately,
 )
 from fedtune.client.probes import rate, see
-from fedtune.client.seeded import Schedule
-from fedtune.client.walker import Stream, Walker
+from fedtune.client.seeded import Schedule, distinct
+from fedtune.client.walker import Walker
 from fedtune.config import Config
 from fedtune.data import Encoded
-from fedtune.pool.pool import make_pool
 from fedtune.pool.weights import PoolWeights
 from fedtune.privacy.noise import NoiseSource
 from fedtune.privacy.per_example import example_losses
@@ -45,13 +43,11 @@ def mezo_privately(
         Gives the directions, which are public; never the noise.
     """
     model.eval()
-    arena, key, threads = arena_of(model), directions_key(seed), config.engine.threads
-    stream = Stream(lambda epoch: make_pool("hadamard", key, epoch, POOL, arena.layout, threads))
-    count = config.tuning.probe.count
-    directions = [range(s * count, (s + 1) * count) for s in range(promise.releases)]
+    walker = walker_of(model, seed, config.engine.threads)
+    directions = [fresh(s, config.tuning.probe.count) for s in range(promise.releases)]
     return tune_by_probes_privately(
-        Walker(stream, arena.flat), _scores(model, config), encoded, config, promise, source,
-        directions, lr=lr, clip_norm=clip_norm, pad_id=pad_id, device=arena.flat.device,
+        walker, _scores(model, config), encoded, config, promise, source, directions,
+        lr=lr, clip_norm=clip_norm, pad_id=pad_id, device=walker.weights.device,
     )  # fmt: skip
 
 
@@ -76,15 +72,11 @@ def seeded_privately(
         directions: list[Sequence[int]] = [schedule.columns.tolist()] * promise.releases
     else:
         order = schedule.order(np.random.default_rng(seed))
-        directions = [_distinct(order, config.tuning.probe.count) for _ in range(promise.releases)]
+        directions = [distinct(order, config.tuning.probe.count) for _ in range(promise.releases)]
     after = run(
         directions, lr=lr, clip_norm=clip_norm, pad_id=pad_id, device=weights.arena.flat.device
     )
     return walker.coefficients, after
-
-
-def _distinct(order: Iterator[int], count: int) -> list[int]:
-    return list(dict.fromkeys(islice(order, count)))
 
 
 def _scores(model: nn.Module, config: Config) -> ScoreExamples:

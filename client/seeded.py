@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,18 +21,17 @@ from torch import nn
 from fedtune.adapters import Task, trainable
 from fedtune.client.backprop import LocalRun, groups, optimizer_over, steps_of, units_of
 from fedtune.client.mezo import Scorer
-from fedtune.client.probes import probe, require_steps, step_sizes
+from fedtune.client.probes import require_steps
+from fedtune.client.projection import projecting
 from fedtune.client.walker import Walker
 from fedtune.config import TuningConfig
 from fedtune.data import Encoded
 from fedtune.measure import forward_loss
-from fedtune.pool.codec import pack, to_wire
+from fedtune.pool.codec import MOST_SLOPE, pack, to_wire
 from fedtune.pool.groups import Groups, projected
 from fedtune.pool.weights import PoolWeights
 
-__all__ = ["Local", "Schedule", "nothing_of", "schedule_of", "tune_seeded", "upload"]
-
-_MOST_SLOPE = 1000.0  # main.py of the published FedKSeed clips a slope here before its history
+__all__ = ["Local", "Schedule", "distinct", "nothing_of", "schedule_of", "tune_seeded", "upload"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,11 @@ def schedule_of(
     return Schedule(order[: wanted or size].astype(np.int64), None, drawn=False)
 
 
+def distinct(order: Iterator[int], count: int) -> list[int]:
+    """Return the next ``count`` directions of an order, each once."""
+    return list(dict.fromkeys(islice(order, count)))
+
+
 def tune_seeded(
     weights: PoolWeights,
     encoded: Encoded,
@@ -155,12 +160,9 @@ def _by_probes(
     weights.model.eval()
     try:
         for group in groups(encoded, tuning, task, steps, seed, pad_id):
-            score, many = scorer.take(group)
-            chosen = list(dict.fromkeys(next(order) for _ in range(tuning.probe.count)))
-            seen = probe(walker, chosen, score, tuning.probe, many)
-            for k, alpha in zip(chosen, step_sizes(seen, tuning.probe, lr), strict=True):
-                walker.move(k, float(alpha))
-            sums[chosen] += np.minimum(np.abs(seen.slopes), _MOST_SLOPE)
+            chosen = distinct(order, tuning.probe.count)
+            seen = scorer.step(group, chosen, lr)
+            sums[chosen] += np.minimum(np.abs(seen.slopes), MOST_SLOPE)
             counts[chosen] += 1
     finally:
         walker.settle()
@@ -182,7 +184,7 @@ def _by_backprop(
     ``-lr <z_k, g> / n``. With ``adamw`` directions are scaled to length 1, so that ``lr`` means
     what it does for parameters.
     """
-    size, flat = weights.pool.size, weights.arena.flat
+    size, flat, parameters = weights.pool.size, weights.arena.flat, trainable(weights.model)
     adaptive = tuning.optimizer == "adamw" and tuning.pool.engine == "projected"
     inside = torch.zeros(size)
     inside[torch.from_numpy(schedule.columns)] = 1.0 / math.sqrt(
@@ -198,18 +200,17 @@ def _by_backprop(
     weights.model.eval()
     for group in groups(encoded, tuning, task, steps, seed, pad_id):
         count = max(1, sum(units_of(batch, task) for batch in group))
-        with _Projection(weights) as projection:
+        total = torch.zeros(size, device=flat.device)
+        with projecting(weights.pool, weights.arena.layout, parameters, total) as broken:
             for batch in group:
                 on = {name: value.to(flat.device) for name, value in batch.items()}
                 summed = forward_loss(weights.model, on, task)[0].sum()
                 (summed / count).backward()  # type: ignore[no-untyped-call]
-                seen = float(summed.detach())
-                finite = math.isfinite(seen)
-                loss, units = (
-                    (loss + seen, units + units_of(batch, task)) if finite else (loss, units)
-                )
-        gradient = projection.total.cpu() * inside
-        moved.grad = gradient if bool(torch.isfinite(gradient).all()) else torch.zeros(size)
+                if math.isfinite(seen := float(summed.detach())):
+                    loss, units = loss + seen, units + units_of(batch, task)
+        gradient = total.cpu() * inside
+        usable = not broken and bool(torch.isfinite(gradient).all())
+        moved.grad = gradient if usable else torch.zeros(size)
         if tuning.max_grad_norm:
             nn.utils.clip_grad_norm_([moved], tuning.max_grad_norm)
         optim.step()
@@ -242,34 +243,3 @@ def nothing_of(
     if tuning.seeded:
         return to_wire(pack(np.zeros(tuning.pool.size), tuning.pool.bits))
     return {name: np.zeros_like(value) for name, value in tensors.items()}
-
-
-class _Projection:
-    """Projects each parameter's gradient on the pool when it is whole, and frees it."""
-
-    def __init__(self, weights: PoolWeights) -> None:
-        self.total = torch.zeros(weights.pool.size, device=weights.arena.flat.device)
-        self._weights = weights
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-
-    def __enter__(self) -> _Projection:
-        places = {span.name: span.start for span in self._weights.arena.layout.spans}
-        for name, parameter in trainable(self._weights.model).items():
-            if name in places:
-                hook = self._hook(places[name])
-                handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-                self._hooks.append(handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _hook(self, start: int) -> Callable[[torch.Tensor], None]:
-        def project(parameter: torch.Tensor) -> None:
-            if parameter.grad is not None:
-                flat = parameter.grad.detach().reshape(-1)
-                self._weights.pool.project(flat, start, self.total)
-                parameter.grad = None
-
-        return project

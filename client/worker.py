@@ -179,11 +179,15 @@ class Worker:
             raise diverged(shard.name, task.round, ran.loss)
         if home:
             remember(home, optim, after=task.round)
-        if config.privacy.on:
-            return Update(task.round, task.attempt, 1, 0, 0, WITHHELD, delta)
+        return self._update(task, encoded, ran, delta)
+
+    def _update(self, task: Task, encoded: Encoded, ran: LocalRun, tensors: Tensors) -> Update:
+        """Return what leaves; under a promise no figure goes with it."""
+        if self.config.privacy.on:
+            return Update(task.round, task.attempt, 1, 0, 0, WITHHELD, tensors)
         return Update(
             round=task.round, attempt=task.attempt, examples=len(encoded.ids), steps=ran.steps,
-            truncated=encoded.truncated, loss=ran.loss, tensors=delta,
+            truncated=encoded.truncated, loss=ran.loss, tensors=tensors,
         )  # fmt: skip
 
     def _train_seeded(self, index: int, shard: Shard, encoded: Encoded, task: Task) -> Update:
@@ -200,13 +204,7 @@ class Worker:
         )  # fmt: skip
         if not math.isfinite(local.run.loss) or not np.isfinite(local.coefficients).all():
             raise diverged(shard.name, task.round, local.run.loss)
-        parts = self._rounded(local, shard, task)
-        if config.privacy.on:
-            return Update(task.round, task.attempt, 1, 0, 0, WITHHELD, parts)
-        return Update(
-            round=task.round, attempt=task.attempt, examples=len(encoded.ids),
-            steps=local.run.steps, truncated=encoded.truncated, loss=local.run.loss, tensors=parts,
-        )  # fmt: skip
+        return self._update(task, encoded, local.run, self._rounded(local, shard, task))
 
     def share(self, index: int, task: Task) -> Share:
         """Take part in agreeing on the pool's key."""
@@ -277,26 +275,40 @@ class Worker:
         placed = self._put(index, task.tensors, task.round - 1) if config.tuning.seeded else None
         reservation = guard.reserve(shard.name, task, facts)
         encoded = self._encode(shard, held=False)
+        kept = home if config.tuning.keep_optimizer else None
+        optim = None
         if placed is not None:
             parts, after_norm = self._coefficients(
                 placed, encoded, shard, task, promise, source, clip_norm
             )
-            guard.ledger.release(reservation)
-            if adaptive and home:
-                clip_after(home, task.round, after_norm, task.committed)
-            return Update(task.round, task.attempt, 1, 0, 0, WITHHELD, parts)
-        model = self._load(task.tensors)
+        else:
+            parts, after_norm, optim = self._delta(
+                encoded, shard, task, promise, source, clip_norm, kept
+            )
+        # First: whoever finds it released must not leave a state that nobody paid for.
+        guard.ledger.release(reservation)
+        if kept and optim:
+            remember(kept, optim, after=task.round)
+        if adaptive and home:
+            clip_after(home, task.round, after_norm, task.committed)
+        return Update(task.round, task.attempt, 1, 0, 0, WITHHELD, parts)
+
+    def _delta(
+        self, encoded: Encoded, shard: Shard, task: Task, promise: Promise, source: NoiseSource,
+        clip_norm: float, kept: Path | None,
+    ) -> tuple[Tensors, float, torch.optim.Optimizer]:  # fmt: skip
+        """Tune the adapter under the example-level promise; return its difference."""
+        config, model = self.config, self._load(task.tensors)
         optim = optimizer(model, config.tuning, task.lr)
-        kept = home if config.tuning.keep_optimizer else None
         if kept:
             _go_on(kept, optim, task)
-        torch.manual_seed(derive(config.seed, "train", shard.name, task.round))
+        seed = derive(config.seed, "train", shard.name, task.round)
+        torch.manual_seed(seed)
         before = read(model)
         if config.tuning.method == "mezo":
             after_norm = mezo_privately(
-                model, encoded, config, promise, source, lr=task.lr,
-                seed=derive(config.seed, "train", shard.name, task.round), clip_norm=clip_norm,
-                pad_id=self.base.pad_id,
+                model, encoded, config, promise, source, lr=task.lr, seed=seed,
+                clip_norm=clip_norm, pad_id=self.base.pad_id,
             )  # fmt: skip
         else:
             after_norm = tune_privately(
@@ -304,14 +316,7 @@ class Worker:
                 clip_norm=clip_norm, pad_id=self.base.pad_id,
             )  # fmt: skip
         after = read(model)
-        # First: whoever finds it released must not leave a state that nobody paid for.
-        guard.ledger.release(reservation)
-        if kept:
-            remember(kept, optim, after=task.round)
-        if adaptive and home:
-            clip_after(home, task.round, after_norm, task.committed)
-        delta = {name: after[name] - before[name] for name in before}
-        return Update(task.round, task.attempt, 1, 0, 0, WITHHELD, delta)
+        return {name: after[name] - before[name] for name in before}, after_norm, optim
 
     def evaluate(self, index: int, task: Task) -> Evaluation:
         """Measure the adapter of ``task`` on one client's held-out rows.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from fedtune.adapters import Tensors
 from fedtune.server.checkpoint import State
 from fedtune.server.link import Answer, Link
-from fedtune.server.seeded import chain_of, tensors_for
+from fedtune.server.seeded import tensors_for
 from fedtune.server.tuned import Tuned
 from fedtune.wire import Evaluation, Hello, Task, Update
 
@@ -37,7 +36,7 @@ class Member:
 class Epochs:
     """How many folded pools each client has, as far as the server knows."""
 
-    known: dict[str, int] = field(default_factory=dict)
+    known: dict[str, int]
 
     @classmethod
     def at(cls, members: Sequence[Member], state: State | None) -> Epochs:
@@ -47,7 +46,7 @@ class Epochs:
 
     def of(self, member: Member) -> int:
         """Return what a client said at first, or showed since."""
-        return self.known.get(member.client, member.epochs)
+        return self.known[member.client]
 
     def heard(self, client: str, epoch: int, *, well: bool) -> None:
         """Note an answer: who answered well has them all; who failed may lack any."""
@@ -63,17 +62,12 @@ def ask_members(
     Where only coefficients travel, a client gets the folded pools that it lacks beside them:
     one vector each.
     """
-    wholes: dict[int, Task] = {}
-    tasks: dict[int, Task | None] = {}
-    for member in members:
-        known = min(epochs.of(member), chain_of(state).epoch) if state.chain else 0
-        if known not in wholes:
-            wholes[known] = replace(task, tensors=_tensors(tuned, state, known))
-        tasks[member.node] = wholes[known]
-    return link.ask_each(reply, tasks, tuned.config.federation.deadline)
-
-
-def _tensors(tuned: Tuned, state: State, known: int) -> Tensors:
+    most = state.chain.epoch if state.chain else 0
+    known = {member.node: min(epochs.of(member), most) for member in members}
     if tuned.weights is None:
-        return state.tensors()
-    return tensors_for(tuned.config, tuned.weights, state, known)
+        tensors = {0: state.tensors()}
+    else:
+        tensors = tensors_for(tuned.config, tuned.weights, state, known.values())
+    wholes = {count: replace(task, tensors=some) for count, some in tensors.items()}
+    tasks: dict[int, Task | None] = {node: wholes[count] for node, count in known.items()}
+    return link.ask_each(reply, tasks, tuned.config.federation.deadline)

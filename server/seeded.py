@@ -13,7 +13,7 @@ from fedtune.adapters import Tensors
 from fedtune.config import Config
 from fedtune.errors import FedtuneError
 from fedtune.pool.chain import Chain, broadcast
-from fedtune.pool.codec import from_wire, pack, unpack
+from fedtune.pool.codec import MOST_SLOPE, from_wire, pack, unpack
 from fedtune.pool.philox import pool_key
 from fedtune.pool.weights import PoolWeights
 from fedtune.server.checkpoint import State
@@ -44,7 +44,6 @@ SIZES, DRAWS = "sizes", "draws"
 
 _DOWN_BITS = 16
 _LARGEST = 1e3  # far above any step, far below where accumulators could not be packed
-_MOST_SLOPE = 1000.0  # main.py of the published code clips a slope here before its history
 
 
 def begin(config: Config, fingerprint: str, key: bytes) -> State:
@@ -59,14 +58,20 @@ def begin(config: Config, fingerprint: str, key: bytes) -> State:
     return State(0, adapter, fingerprint, chain=chain, history=history)
 
 
-def tensors_for(config: Config, weights: PoolWeights, state: State, known: int) -> Tensors:
-    """Return what a task carries to a client that has the first ``known`` pool epochs."""
+def tensors_for(
+    config: Config, weights: PoolWeights, state: State, known: Iterable[int]
+) -> dict[int, Tensors]:
+    """Return what a task carries to clients that have the first so many pool epochs.
+
+    The weights are rebuilt and hashed once, whoever lacks what.
+    """
     chain = chain_of(state)
     weights.put(chain)
+    root, marks = weights.hashes()
     odds = None
     if config.tuning.method == "fedkseed-pro":
         odds = shares(state.history).astype(np.float16)
-    return broadcast(chain, weights.root(), weights.marks(), known, odds)
+    return {count: broadcast(chain, root, marks, count, odds) for count in set(known)}
 
 
 def chain_of(state: State) -> Chain:
@@ -113,8 +118,7 @@ def decode(update: Update, config: Config) -> Update:
         extra = _draws(sizes, counts, parts.get("at"), size)
     elif sizes is not None or counts is not None:
         raise FedtuneError("carries a history of seeds that nobody asked for")
-    if float(np.abs(dense).max(initial=0.0)) > _LARGEST:
-        most = float(np.abs(dense).max())
+    if (most := float(np.abs(dense).max(initial=0.0))) > _LARGEST:
         raise FedtuneError(
             f"a coefficient of {most:.3g} (limit {_LARGEST:g}): is tuning.lr too large?"
         )
@@ -194,7 +198,7 @@ def _draws(
         sizes is not None and counts is not None
         and sizes.dtype == np.float16 and counts.dtype == np.uint16
         and sizes.shape == counts.shape == (wanted,)
-        and bool(((sizes >= 0) & (sizes <= _MOST_SLOPE)).all())
+        and bool(((sizes >= 0) & (sizes <= MOST_SLOPE)).all())
     )  # fmt: skip
     if not good or sizes is None or counts is None:
         raise FedtuneError("the history of seeds is missing or of a wrong kind")

@@ -161,7 +161,7 @@ def _coefficients(tuned: Tuned, rng: np.random.Generator) -> tuple[Tensors, Tens
     sent[used] = whole[used]
     local = Local(sent, LocalRun(0, 0.0), sent.astype(np.float16), used.astype(np.uint16))
     history = config.tuning.method == "fedkseed-pro" and not config.privacy.on
-    given = tensors_for(config, weights, state, 0) if weights else {}
+    given = tensors_for(config, weights, state, [0])[0] if weights else {}
     return given, upload(local, pool.bits, rng, history=history)
 
 

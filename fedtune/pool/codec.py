@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 
 from fedtune.errors import ExitCode, FedtuneError
 
-__all__ = ["Packed", "from_wire", "pack", "to_wire", "unpack"]
+__all__ = ["MOST_SLOPE", "Packed", "from_wire", "pack", "to_wire", "unpack"]
+
+MOST_SLOPE = 1000.0
+"""FedKSeed-Pro: main.py of the published code clips a slope here before its history."""
 
 _TYPES: dict[int, Any] = {8: np.int8, 16: np.int16}
 _SPARSE_BELOW = 0.5

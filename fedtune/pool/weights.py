@@ -20,7 +20,7 @@ from fedtune.config import TuningConfig
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.pool.chain import Broadcast, Chain, same
 from fedtune.pool.codec import Packed, unpack
-from fedtune.pool.layout import Arena
+from fedtune.pool.layout import Arena, root
 from fedtune.pool.pool import Pool, make_pool
 
 __all__ = ["PoolWeights", "kind_of"]
@@ -89,14 +89,19 @@ class PoolWeights:
         slow = self.pool.name == "gaussian"
         self._exact = (chain.running, self.arena.flat.clone()) if slow else None
 
-    def root(self) -> bytes:
-        """Return the hash of the weights in the model now, 32 bytes."""
-        return bytes.fromhex(self.arena.root())
+    def hashes(self) -> tuple[bytes, NDArray[np.uint16]]:
+        """Hash the weights in the model now, once.
 
-    def marks(self) -> NDArray[np.uint16]:
-        """Return the first two bytes of each tensor's digest."""
-        firsts = [int(digest[:_MARK_DIGITS], 16) for digest in self.arena.digests()]
-        return np.array(firsts, np.uint16)
+        Returns
+        -------
+        root : bytes
+            One hash of all, 32 bytes.
+        marks : ndarray of uint16
+            The first two bytes of each tensor's own.
+        """
+        digests = self.arena.digests()
+        marks = [int(digest[:_MARK_DIGITS], 16) for digest in digests]
+        return bytes.fromhex(root(digests)), np.array(marks, np.uint16)
 
     def require(self, sent: Broadcast) -> None:
         """Refuse to go on when the rebuilt weights are not those of the server.
@@ -106,9 +111,10 @@ class PoolWeights:
         FedtuneError
             Names the first tensor that differs.
         """
-        if self.root() == sent.root:
+        found, mine = self.hashes()
+        if found == sent.root:
             return
-        names, mine = [span.name for span in self.arena.layout.spans], self.marks()
+        names = [span.name for span in self.arena.layout.spans]
         if mine.shape != sent.marks.shape:
             what = f"{len(mine)} tensors here, {len(sent.marks)} at the server"
         else:

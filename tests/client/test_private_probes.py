@@ -22,130 +22,32 @@ from fedtune.client.private_probes import (
 )
 from fedtune.client.walker import Stream, Walker
 from fedtune.config import Config
-from fedtune.data import Encoded
-from fedtune.errors import ExitCode, FedtuneError
 from fedtune.models import load_base
 from fedtune.pool.hadamard import HadamardPool
 from fedtune.pool.layout import Arena, Layout
 from fedtune.privacy.noise import InsecureSeededNoise, NoiseSource, SecureNoise
 from fedtune.privacy.per_example import example_losses
-from fedtune.privacy.plan import Promise, client_promise, example_promise, noise_source
+from fedtune.privacy.plan import noise_source
 from fedtune.privacy.replay import Release, Stage, record
 from fedtune.privacy.replay_checks import audit, neighbours
-from tests.tiny import llama, settings
-
-POPULATION, STEPS, CLIP = 40, 8, 0.1
-EXAMPLE = {
-    "relation": "add-or-remove-one", "population": POPULATION, "delta": 1e-3,
-    "noise_multiplier": 0.8,
-}  # fmt: skip
-Tokens = NDArray[np.int64]
-
-
-def _config(base: Path | str = "fedtune:tiny", **tables: dict[str, Any]) -> Config:
-    tuning = {
-        "method": "mezo", "batch_size": 6, "accumulate": 1, "steps": STEPS,
-        "probe": {"count": 2}, **tables.pop("tuning", {}),
-    }  # fmt: skip
-    example = EXAMPLE | tables.pop("example", {})
-    return settings(
-        "unused.jsonl", base, data={"holdout": 0.0}, tuning=tuning,
-        federation={"rounds": 1, "weighting": "uniform"}, evaluation={"clients": 0},
-        privacy={"dataset": "probes", "example": example}, **tables,
-    )  # fmt: skip
-
-
-PROJECTED: dict[str, Any] = {
-    "optimizer": "sgd", "method": "seedpool", "pool": {"engine": "projected"},
-}  # fmt: skip
-
-
-def _unchecked(
-    tuning: dict[str, Any] | None = None, example: dict[str, Any] | None = None
-) -> Config:
-    """Return settings that the file's own rules would refuse: the second line of defence."""
-    config, given = _config(), dict(tuning or {})
-    probe = config.tuning.probe.model_copy(update=given.pop("probe", {}))
-    assert config.privacy.example is not None
-    promised = config.privacy.example.model_copy(update=example or {})
-    return config.model_copy(
-        update={
-            "tuning": config.tuning.model_copy(update=given | {"probe": probe}),
-            "privacy": config.privacy.model_copy(update={"example": promised}),
-        }
-    )
-
-
-def _promise(config: Config) -> Promise:
-    promise = example_promise(config)
-    assert promise is not None
-    return promise
-
-
-def _rows(values: Sequence[Sequence[int]]) -> Encoded:
-    ids = tuple(np.array(row, np.int64) for row in values)
-    return Encoded(ids, ids, len(ids), 0, 0)
-
-
-# ---------------------------------------------------------------- a straight loss
-
-D = 64
-"""Weights of the straight loss: example ``[i]`` has the gradient ``GRADIENTS[i]``."""
-GRADIENTS = np.random.default_rng(0).normal(size=(50, D)).astype(np.float32)
-
-
-def _straight(
-    stage: Stage | None,
-    rows: Sequence[Sequence[int]],
-    config: Config,
-    *,
-    source: NoiseSource | None = None,
-    key: int = 7,
-    projected: bool = False,
-    gradients: NDArray[np.float32] = GRADIENTS,
-    clip: float = CLIP,
-    directions: Sequence[Sequence[int]] | None = None,
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Run one round on losses g_i.w; return the coefficients and the weights."""
-    pool = HadamardPool(key, 64)
-    weights = nn.Parameter(torch.zeros(D))
-    arena = Arena.of([("w", weights)])
-    walker = Walker(pool, arena.flat)
-    table = torch.from_numpy(gradients)
-    promise = _promise(config)
-    if stage is not None:
-        promise = replace(promise, mechanism=stage.watch(promise.mechanism))
-    count = config.tuning.probe.count
-    steps = range(promise.releases)
-    chosen = directions or [[(s * count + j) % 64 for j in range(count)] for s in steps]
-    tune: Any = tune_by_probes_privately
-    if projected:
-        projector = Projector(pool, arena.layout, {"w": weights})
-        tune = partial(tune_projected_privately, projector=projector)
-    norm = tune(
-        walker, score_examples=lambda b: table[b["input_ids"][:, 0]] @ weights,
-        encoded=_rows(rows), config=config, promise=promise, source=source or SecureNoise(),
-        directions=chosen, lr=0.5, clip_norm=clip, pad_id=0,
-    )  # fmt: skip
-    if stage is not None:
-        stage.emit("weights", arena.flat)
-        stage.emit("coefficients", walker.coefficients)
-        stage.emit("clip", norm)
-    return walker.coefficients, arena.flat.numpy().copy()
-
-
-def _everyone(count: int = 4, **tables: dict[str, Any]) -> Config:
-    """Every example in every step, so that sums are known."""
-    return _config(
-        tuning={"batch_size": POPULATION, "steps": 1, "probe": {"count": count, "eps": 0.5}}
-        | tables.pop("tuning", {}),
-        example={"sampler": "everyone"} | tables.pop("example", {}),
-        **tables,
-    )
+from tests.client.straight import (
+    CLIP,
+    GRADIENTS,
+    POPULATION,
+    PROJECTED,
+    STEPS,
+    D,
+    config_of,
+    everyone,
+    promise_of,
+    rows_of,
+    straight,
+)
+from tests.tiny import llama
 
 
 def _sums(config: Config, rows: Sequence[Sequence[int]], **more: Any) -> list[Release]:
-    trace = record(partial(_straight, config=config, **more), rows)
+    trace = record(partial(straight, config=config, **more), rows)
     assert trace.outcome == "done"
     assert not [left for left in trace.left if left.channel == "log"]
     return trace.releases
@@ -165,7 +67,7 @@ def _clipped(vectors: Any, clip: float) -> Any:
 @pytest.mark.parametrize("sides", ["two", "one"])
 @pytest.mark.parametrize("clip", [0.1, 4.0, 1e3])
 def test_the_sum_is_that_of_slopes_clipped_one_by_one(sides: str, clip: float) -> None:
-    config = _everyone(tuning={"probe": {"count": 4, "eps": 0.5, "sides": sides}})
+    config = everyone(tuning={"probe": {"count": 4, "eps": 0.5, "sides": sides}})
     rows = [[i, 1] for i in range(30)]
     (release,) = _sums(config, rows, clip=clip)
     wanted = _clipped(_slopes(rows, 4), clip).sum(0)
@@ -175,7 +77,7 @@ def test_the_sum_is_that_of_slopes_clipped_one_by_one(sides: str, clip: float) -
 
 
 def test_projections_have_the_same_sum() -> None:
-    config = _everyone(tuning=PROJECTED)
+    config = everyone(tuning=PROJECTED)
     rows = [[i, 1] for i in range(30)]
     (release,) = _sums(config, rows, clip=4.0, projected=True)
     wanted = _clipped(_slopes(rows, 4), 4.0).sum(0)
@@ -185,12 +87,12 @@ def test_projections_have_the_same_sum() -> None:
 @pytest.mark.parametrize("projected", [False, True])
 def test_what_is_released_is_walked_and_nothing_else(projected: bool) -> None:
     more = PROJECTED if projected else {}
-    config = _everyone(tuning=more)
+    config = everyone(tuning=more)
     rows = [[i, 1] for i in range(30)]
     seen: list[Any] = []
 
     def run(stage: Stage, data: Any) -> None:
-        seen.extend(_straight(stage, data, config, clip=4.0, projected=projected))
+        seen.extend(straight(stage, data, config, clip=4.0, projected=projected))
 
     (release,) = record(run, rows).releases
     coefficients, weights = seen
@@ -205,9 +107,9 @@ def test_it_learns_under_privacy() -> None:
     """The mean gradient of all examples is followed, noise and clipping included."""
     rows = [[i, 1] for i in range(POPULATION)]
     shared = GRADIENTS + 2.0
-    config = _everyone(8, tuning={"steps": 60}, example={"noise_multiplier": 0.5})
+    config = everyone(8, tuning={"steps": 60}, example={"noise_multiplier": 0.5})
     directions = [[(8 * s + j) % 64 for j in range(8)] for s in range(60)]
-    _, weights = _straight(None, rows, config, gradients=shared, clip=4.0, directions=directions)
+    _, weights = straight(None, rows, config, gradients=shared, clip=4.0, directions=directions)
     mean = shared[:POPULATION].mean(0)
     cosine = float(weights @ mean) / float(np.linalg.norm(weights) * np.linalg.norm(mean))
     assert cosine < -0.8
@@ -222,7 +124,7 @@ def test_v01_an_example_whose_loss_is_not_finite_adds_nothing(bad: float, projec
     more = PROJECTED if projected else {}
     gradients = GRADIENTS.copy()
     gradients[49] = bad
-    config = _everyone(tuning=more)
+    config = everyone(tuning=more)
     rows = [[i, 1] for i in range(20)]
     (without,) = _sums(config, rows, gradients=gradients, projected=projected)
     more_rows = [*rows[:9], [49, 1], *rows[9:]]
@@ -236,7 +138,7 @@ def test_v05_a_huge_slope_is_clipped_for_itself() -> None:
     """DPZero's OPT code clips one number per batch: there it would silence all others."""
     gradients = GRADIENTS.copy()
     gradients[49] *= 1e6
-    config = _everyone()
+    config = everyone()
     rows = [[i, 1] for i in range(20)]
     (without,) = _sums(config, rows, gradients=gradients)
     (among,) = _sums(config, [*rows, [49, 1]], gradients=gradients)
@@ -256,10 +158,10 @@ def test_v40_a_straight_loss_keeps_its_promise_under_replay(clip: str, projected
     gradients[41] *= 1e9
     gradients[42] = 0.0
     more = PROJECTED if projected else {}
-    config = _config(tuning={"steps": 20} | more, example={"clip": clip})
+    config = config_of(tuning={"steps": 20} | more, example={"clip": clip})
     people = [[i, 1] for i in range(POPULATION)]
     odd = {"nan": [40, 1], "huge": [41, 1], "zero": [42, 1], "plain": [43, 1]}
-    run = partial(_straight, config=config, gradients=gradients, projected=projected)
+    run = partial(straight, config=config, gradients=gradients, projected=projected)
     directions = [[k % 64, (k + 1) % 64] for k in range(20)]
     assert audit(partial(run, directions=directions), neighbours(people, odd)) == []
 
@@ -272,13 +174,13 @@ def test_the_harness_sees_a_vector_that_is_not_clipped(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(private_probes, "_release", doubled)
     people = [[i, 1] for i in range(POPULATION)]
-    run = partial(_straight, config=_config(tuning={"steps": 20}))
+    run = partial(straight, config=config_of(tuning={"steps": 20}))
     found = audit(run, neighbours(people, {"plain": [43, 1]}))
     assert {finding.check for finding in found} == {"sensitivity"}
 
 
 def test_v14_nobody_drawn_is_a_release_like_any_other() -> None:
-    releases = _sums(_config(), [])
+    releases = _sums(config_of(), [])
     assert len(releases) == STEPS
     assert not any(release.sums["slopes"].any() for release in releases)
     assert all(release.output["slopes"].any() for release in releases)
@@ -305,7 +207,7 @@ def _network(stage: Stage, rows: list[list[int]], config: Config, projected: boo
     model.eval()
     named = trainable(model)
     arena = Arena.of(named.items())
-    promise = _promise(config)
+    promise = promise_of(config)
     watched = replace(promise, mechanism=stage.watch(promise.mechanism))
     pool = HadamardPool(5, 64)
     walker = Walker(pool if projected else Stream(lambda n: HadamardPool(n, 64)), arena.flat)
@@ -314,7 +216,7 @@ def _network(stage: Stage, rows: list[list[int]], config: Config, projected: boo
         tune = partial(tune_projected_privately, projector=Projector(pool, arena.layout, named))
     norm = tune(
         walker, score_examples=lambda b: example_losses(model, b, "causal-lm"),
-        encoded=_rows(rows), config=config, promise=watched, source=SecureNoise(),
+        encoded=rows_of(rows), config=config, promise=watched, source=SecureNoise(),
         directions=[[3 * s, 3 * s + 1] for s in range(promise.releases)],
         lr=0.05, clip_norm=CLIP, pad_id=0,
     )  # fmt: skip
@@ -325,14 +227,14 @@ def _network(stage: Stage, rows: list[list[int]], config: Config, projected: boo
 @pytest.mark.parametrize("projected", [False, True])
 def test_v40_a_network_keeps_its_promise_under_replay(projected: bool, base: Path) -> None:
     tuning = PROJECTED if projected else {}
-    config = _config(base, tuning=tuning, example={"clip": "quantile"})
+    config = config_of(base, tuning=tuning, example={"clip": "quantile"})
     run = partial(_network, config=config, projected=projected)
     assert audit(run, neighbours(_people(0), ODD)[:5]) == []
 
 
 def test_v34_one_row_more_moves_no_bit_of_the_others(base: Path) -> None:
     """In a batch it would: rounding of the losses is divided by eps."""
-    config = _config(base, tuning={"batch_size": POPULATION, "steps": 1},
+    config = config_of(base, tuning={"batch_size": POPULATION, "steps": 1},
                      example={"sampler": "everyone"})  # fmt: skip
     run = partial(_network, config=config, projected=False)
     rows = _people(1)
@@ -341,7 +243,7 @@ def test_v34_one_row_more_moves_no_bit_of_the_others(base: Path) -> None:
 
 
 def test_a_projection_is_the_slope(base: Path) -> None:
-    config = _config(base)
+    config = config_of(base)
     model = attach(load_base(config.model), config.tuning, "causal-lm", 3).eval()
     with torch.no_grad():
         for parameter in trainable(model).values():
@@ -381,12 +283,12 @@ def test_a_tied_weight_is_projected_once() -> None:
 def _noise(source: NoiseSource, config: Config, key: int = 7) -> NDArray[np.float64]:
     """Return what is released where there is no data: noise over the noise's size."""
     releases = _sums(config, [], source=source, key=key)
-    size = _promise(config).mechanism.noise_multiplier * CLIP / 6.0
+    size = promise_of(config).mechanism.noise_multiplier * CLIP / 6.0
     return np.concatenate([release.output["slopes"] for release in releases]) / size
 
 
 def test_v41_the_same_directions_twice_have_other_noise() -> None:
-    config = _config()
+    config = config_of()
     one, two = _noise(SecureNoise(), config), _noise(SecureNoise(), config)
     assert not (one == two).any()
     source = InsecureSeededNoise(3)
@@ -394,7 +296,7 @@ def test_v41_the_same_directions_twice_have_other_noise() -> None:
 
 
 def test_v41_the_pool_key_changes_no_number_of_the_noise() -> None:
-    config = _config()
+    config = config_of()
     one = _noise(InsecureSeededNoise(3), config, key=7)
     assert np.array_equal(one, _noise(InsecureSeededNoise(3), config, key=8))
     torch.manual_seed(8)
@@ -431,7 +333,7 @@ def _guess(seed: int, n: int) -> NDArray[np.float64]:
 def test_v41_who_knows_the_direction_seeds_cannot_guess_the_noise() -> None:
     """DPZero draws after re-seeding with the direction's seed, DP-AggZO from seed + step."""
     steps = 500
-    config = _config(tuning={"steps": steps})
+    config = config_of(tuning={"steps": steps})
     directions_seed = 0
     guesses = np.concatenate([_guess(directions_seed + step, 2) for step in range(steps)])
     chosen = {"planted": Reseeded(), "ours": SecureNoise(), "seeded": InsecureSeededNoise(0)}
@@ -447,101 +349,14 @@ def test_v41_who_knows_the_direction_seeds_cannot_guess_the_noise() -> None:
 
 def test_v41_noise_and_directions_are_uncorrelated() -> None:
     pool = HadamardPool(7, 64)
-    noise = np.concatenate([_noise(SecureNoise(), _config()) for _ in range(40)])
+    noise = np.concatenate([_noise(SecureNoise(), config_of()) for _ in range(40)])
     signs = np.concatenate([pool.direction(k, D).numpy() for k in range(10)])[: len(noise)]
     assert abs(float(np.corrcoef(noise, signs)[0, 1])) < 5 / math.sqrt(len(noise))
 
 
 def test_v41_a_run_that_starts_again_has_other_noise() -> None:
-    config = _config()
+    config = config_of()
     sources = [noise_source(config, "client", "c0", 1, 1) for _ in range(2)]
     assert all(source.secure for source in sources)
     one, two = (_noise(source, config) for source in sources)
     assert not (one == two).any()
-
-
-# ---------------------------------------------------------------- refusals
-
-
-@pytest.mark.parametrize(
-    ("tables", "said"),
-    [
-        ({"tuning": {"probe": {"count": 2, "step": "normalised"}}}, "step='normalised'"),
-        ({"tuning": {"probe": {"count": 2, "step": "curvature"}}}, "step='curvature'"),
-        ({"tuning": {"probe": {"objective": "f1"}}}, "objective='f1'"),
-        ({"tuning": {"weight_decay": 0.1}}, "weight_decay=0.1"),
-        ({"tuning": {"momentum": 0.9}}, "momentum=0.9"),
-        ({"example": {"clip": "automatic"}}, "clip='automatic'"),
-        ({"example": {"clip": "per-adapter"}}, "clip='per-adapter'"),
-    ],
-)
-def test_settings_that_have_no_budget_are_refused(tables: dict[str, Any], said: str) -> None:
-    with pytest.raises(FedtuneError, match=said) as caught:
-        _straight(None, [], _unchecked(**tables))
-    assert caught.value.code == ExitCode.CONFIG
-    assert caught.value.hint
-
-
-def test_the_projected_engine_refuses_what_it_would_not_do() -> None:
-    seedpool = {"method": "seedpool"}
-    with pytest.raises(FedtuneError, match="optimizer='adamw'"):
-        _straight(None, [], _unchecked(tuning=seedpool), projected=True)
-    config = _unchecked(tuning=seedpool | {"probe": {"objective": "accuracy"}, "optimizer": "sgd"})
-    with pytest.raises(FedtuneError, match="objective='accuracy'"):
-        _straight(None, [], config, projected=True)
-    config = _config(tuning=PROJECTED)
-    with pytest.raises(FedtuneError, match="direction 64 of 64"):
-        _straight(None, [], config, projected=True, directions=[[64]] * STEPS)
-
-
-@pytest.mark.parametrize("directions", [[[0]] * (STEPS - 1), [[0]] * (STEPS + 1), [[]] * STEPS])
-def test_every_release_has_its_directions(directions: list[list[int]]) -> None:
-    with pytest.raises(FedtuneError, match="sets of directions for 8 releases"):
-        _straight(None, [], _config(), directions=directions)
-
-
-def test_a_promise_about_clients_is_another_one() -> None:
-    client = {"relation": "add-or-remove-one", "population": 50, "delta": 1e-3,
-              "noise_multiplier": 1.0}  # fmt: skip
-    config = _config()
-    privacy = config.privacy.model_validate({"client": client})
-    promise = client_promise(config.model_copy(update={"privacy": privacy}))
-    assert promise is not None
-    with pytest.raises(FedtuneError, match="a promise about each client"):
-        tune_by_probes_privately(
-            Walker(HadamardPool(1, 8), torch.zeros(4)), lambda b: torch.zeros(1), _rows([]),
-            config, promise, SecureNoise(), [], lr=0.1, clip_norm=1.0, pad_id=0,
-        )  # fmt: skip
-
-
-def test_a_projector_wants_the_parameters_of_its_layout() -> None:
-    layer = nn.Linear(3, 2)
-    layout = Layout.of(layer.named_parameters())
-    with pytest.raises(FedtuneError, match="'bias' of the layout is missing"):
-        Projector(HadamardPool(1, 8), layout, {"weight": layer.weight})
-    layer.bias.requires_grad_(False)
-    with pytest.raises(FedtuneError, match="or frozen"):
-        Projector(HadamardPool(1, 8), layout, dict(layer.named_parameters()))
-
-
-def test_an_error_leaves_the_weights_where_they_were() -> None:
-    weights = torch.zeros(D)
-    calls = []
-
-    def score(batch: Any) -> torch.Tensor:
-        calls.append(float(weights.abs().max()))
-        raise OSError("the disk is gone")
-
-    config = _everyone()
-    with pytest.raises(OSError, match="the disk is gone"):
-        tune_by_probes_privately(
-            Walker(HadamardPool(1, 64), weights), score, _rows([[1, 2]]), config,
-            _promise(config), SecureNoise(), [[1, 2, 3, 4]], lr=0.1, clip_norm=1.0, pad_id=0,
-        )  # fmt: skip
-    assert calls == [0.5]
-    assert not weights.any()
-    with pytest.raises(FedtuneError, match="scores of shape"):
-        tune_by_probes_privately(
-            Walker(HadamardPool(1, 64), weights), lambda b: torch.zeros(2), _rows([[1, 2]]),
-            config, _promise(config), SecureNoise(), [[1, 2]], lr=0.1, clip_norm=1.0, pad_id=0,
-        )  # fmt: skip

@@ -65,20 +65,20 @@ def test_fifty_rounds_give_one_hash_to_early_late_and_resumed(
         if number > 45:
             resumed.put(chain)
     late.put(course[-1])
-    assert early.root() == late.root() == resumed.root()
+    assert early.arena.root() == late.arena.root() == resumed.arena.root()
     start = PoolWeights(net(dtype), tuning(kind))
-    assert start.root() != early.root()
+    assert start.arena.root() != early.arena.root()
 
 
 def test_going_back_gives_what_was() -> None:
     course = chains(10, 3)
     weights = PoolWeights(net(), tuning())
     weights.put(course[5])
-    root = weights.root()
+    root = weights.arena.root()
     weights.put(course[9])
-    assert weights.root() != root
+    assert weights.arena.root() != root
     weights.put(course[5])
-    assert weights.root() == root
+    assert weights.arena.root() == root
 
 
 def test_a_walk_by_a_client_leaves_no_trace() -> None:
@@ -86,16 +86,16 @@ def test_a_walk_by_a_client_leaves_no_trace() -> None:
     for kind in ("hadamard", "gaussian"):
         weights = PoolWeights(net(), tuning(kind))
         weights.put(course[3])
-        root = weights.root()
+        root = weights.arena.root()
         weights.pool.perturb(weights.arena.flat, [(3, 0.1)])
-        assert weights.root() != root
+        assert weights.arena.root() != root
         weights.put(course[3])
-        assert weights.root() == root
+        assert weights.arena.root() == root
 
 
 def sent(weights: PoolWeights, chain: Chain, known: int = 0):  # type: ignore[no-untyped-def]
     weights.put(chain)
-    return read_broadcast(broadcast(chain, weights.root(), weights.marks(), known), SIZE)
+    return read_broadcast(broadcast(chain, *weights.hashes(), known), SIZE)
 
 
 def test_a_mismatch_names_the_tensor() -> None:
@@ -157,7 +157,7 @@ def test_a_chain_survives_the_file() -> None:
 def test_a_broadcast_is_not_believed(change: dict[str, np.ndarray]) -> None:
     weights, chain = PoolWeights(net(), tuning()), chains(9, 3)[9]
     weights.put(chain)
-    good = broadcast(chain, weights.root(), weights.marks(), 0)
+    good = broadcast(chain, *weights.hashes(), 0)
     read_broadcast(good, SIZE)
     with pytest.raises(FedtuneError):
         read_broadcast(good | change, SIZE)
@@ -184,5 +184,5 @@ def test_large_weights_wait_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "_ON_DISK", 0)
     mapped = PoolWeights(net(), tuning())
     mapped.put(course[9])
-    assert mapped.root() == plain.root()
+    assert mapped.arena.root() == plain.arena.root()
     assert mapped.base.data_ptr() != mapped.arena.flat.data_ptr()

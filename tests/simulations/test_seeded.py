@@ -254,7 +254,7 @@ def test_both_engines_upload_the_same_kind_of_thing(tmp_path: Path, shared: Path
             tuning__pool__size=32,
         )  # fmt: skip
         state = begin(made.config, made.fingerprint, key_of_seed(7))
-        given = tensors_for(made.config, made._weights(), state, 0)
+        given = tensors_for(made.config, made._weights(), state, [0])[0]
         update = made.train(1, Task(1, 0, 0, 1e-4, given))
         shapes.append({name: (part.dtype, part.shape) for name, part in update.tensors.items()})
     assert shapes[0] == shapes[1]

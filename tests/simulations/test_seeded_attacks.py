@@ -60,8 +60,7 @@ class Grid:
 def test_one_silent_client_makes_nobody_else_late(monkeypatch: pytest.MonkeyPatch) -> None:
     before = (TaskIdentity._run_id, TaskIdentity._task_id, TaskIdentity._node_id)
     TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
-    monkeypatch.setattr(asking, "tensors_for", lambda *_: {})
-    monkeypatch.setattr(asking, "chain_of", lambda state: state.chain)
+    monkeypatch.setattr(asking, "tensors_for", lambda *given: {k: {} for k in given[3]})
     federation = SimpleNamespace(deadline=1.0)
     tuned: Any = SimpleNamespace(weights=object(), config=SimpleNamespace(federation=federation))
     state: Any = SimpleNamespace(chain=SimpleNamespace(epoch=1))
