@@ -26,7 +26,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 HF_DATASETS_OFFLINE=1 \
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help demo test env check lint types doctest fmt bench clean distclean
+.PHONY: help demo test env check lint types doctest proto fmt bench clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,11 @@ types: build/check
 doctest: build/check
 	@echo "==> pytest --doctest-modules"
 	@$(OFFLINE) PYTHONPATH=build/check $(BIN)/pytest --doctest-modules -q build/check/fedtune
+
+proto: $(VENV)/.stamp-dev ## Make the generated code of the body service again
+	@$(PIP) install --quiet --no-deps --target build/proto grpcio-tools==1.80.0
+	@PYTHONPATH=build/proto $(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. \
+		fedtune/split/body.proto
 
 fmt: $(VENV)/.stamp-dev ## Format the code and mend what can be mended
 	@$(BIN)/ruff check --fix $(FOLDERS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -14,9 +14,14 @@ from flwr.clientapp import ClientApp
 from fedtune.client.worker import Worker
 from fedtune.config import Config
 from fedtune.errors import ExitCode, FedtuneError
+from fedtune.models import Base
+from fedtune.split.blocks import Cut
+from fedtune.split.calls import Service
 from fedtune.wire import Task, from_record, to_record
 
 __all__ = ["make_client_app", "worker_for"]
+
+MakeService = Callable[[Base, Cut], Service]
 
 _TOLD = frozenset({ExitCode.BUDGET_EXHAUSTED, ExitCode.LEDGER})
 
@@ -24,7 +29,7 @@ _lock = threading.Lock()
 _current: list[Worker] = []
 
 
-def worker_for(config: Config, folder: Path | None) -> Worker:
+def worker_for(config: Config, folder: Path | None, service: MakeService | None = None) -> Worker:
     """Return this process's worker, made at first use.
 
     A process serves one experiment at a time: a second base model would double
@@ -33,11 +38,13 @@ def worker_for(config: Config, folder: Path | None) -> Worker:
     with _lock:
         if not _current or (_current[0].config, _current[0].folder) != (config, folder):
             _current.clear()
-            _current.append(Worker(config, folder))
+            _current.append(Worker(config, folder, service))
         return _current[0]
 
 
-def make_client_app(config: Config, folder: Path | None = None) -> ClientApp:
+def make_client_app(
+    config: Config, folder: Path | None = None, service: MakeService | None = None
+) -> ClientApp:
     """Return the Flower ``ClientApp`` of an experiment.
 
     Parameters
@@ -46,6 +53,8 @@ def make_client_app(config: Config, folder: Path | None = None) -> ClientApp:
         The client's own copy; nothing of it comes from the server.
     folder : Path, optional
         Where clients keep their optimiser state between rounds.
+    service : callable, optional
+        Split tuning in simulations: makes the body of this process.
 
     Notes
     -----
@@ -57,28 +66,28 @@ def make_client_app(config: Config, folder: Path | None = None) -> ClientApp:
     def hello(message: Message, context: Context) -> Message:
         with _discreet(config, folder, context):
             begun = from_record(Task, message.content).round if len(message.content) else 0
-            answer = worker_for(config, folder).hello(_index(context), begun)
+            answer = worker_for(config, folder, service).hello(_index(context), begun)
         return Message(to_record(answer), reply_to=message)
 
     @app.query("share")
     def share(message: Message, context: Context) -> Message:
         task = from_record(Task, message.content)
         with _discreet(config, folder, context):
-            answer = worker_for(config, folder).share(_index(context), task)
+            answer = worker_for(config, folder, service).share(_index(context), task)
         return Message(to_record(answer), reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         task = from_record(Task, message.content)
         with _discreet(config, folder, context):
-            answer = worker_for(config, folder).train(_index(context), task)
+            answer = worker_for(config, folder, service).train(_index(context), task)
         return Message(to_record(answer), reply_to=message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         task = from_record(Task, message.content)
         with _discreet(config, folder, context):
-            answer = worker_for(config, folder).evaluate(_index(context), task)
+            answer = worker_for(config, folder, service).evaluate(_index(context), task)
         return Message(to_record(answer), reply_to=message)
 
     return app

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ from torch import nn
 
 from fedtune.adapters import Tensors, attach, read, write
 from fedtune.client import mezo
+from fedtune.client.across import Across, open_across
 from fedtune.client.backprop import LocalRun, optimizer, tune
+from fedtune.client.body_link import Link
 from fedtune.client.epochs import Epochs, part_of, require_epoch
 from fedtune.client.memory import recall, remember
 from fedtune.client.private import (
@@ -31,6 +34,7 @@ from fedtune.client.private import (
 )
 from fedtune.client.private_zo import mezo_privately, seeded_privately
 from fedtune.client.seeded import Local, nothing_of, schedule_of, tune_seeded, upload
+from fedtune.client.split import kept_of, only, tune_split
 from fedtune.config import Config
 from fedtune.data import Encoded, Federation, Shard, encode, load
 from fedtune.errors import ExitCode, FedtuneError
@@ -46,6 +50,8 @@ from fedtune.privacy.per_example import PerExample
 from fedtune.privacy.plan import Promise, noise_source
 from fedtune.residual import set_residual, split
 from fedtune.seeds import derive
+from fedtune.split.blocks import Cut
+from fedtune.split.calls import Service
 from fedtune.wire import WITHHELD, Evaluation, Hello, Share, Task, Update
 
 __all__ = ["Worker"]
@@ -62,15 +68,19 @@ class Worker:
     config : Config
     folder : Path or None
         Where clients keep their own state; None: nowhere.
+    service : callable or None
+        Split tuning in simulations: makes the body of this process; see ``open_across``.
     """
 
     config: Config
     folder: Path | None = None
+    service: Callable[[Base, Cut], Service] | None = None
     federation: Federation = field(init=False)
     base: Base = field(init=False)
     fingerprint: str = field(init=False)
     guard: Guard | None = field(init=False)
     groups: Groups | None = field(init=False)
+    across: Across | None = field(init=False, default=None)
     _epochs: dict[int, Epochs] = field(init=False, default_factory=dict)
     _first: nn.Module = field(init=False)
     _models: threading.local = field(init=False, default_factory=threading.local)
@@ -83,9 +93,12 @@ class Worker:
         config = self.config
         torch.set_num_threads(config.engine.threads)
         self.federation = load(config.data, config.seed)
-        self.base = load_base(
-            config.model, self.federation.labels, config.seed, config.data.template
-        )
+        labels = self.federation.labels
+        if config.tuning.cut:
+            self.across = open_across(config, labels, self.service, self.folder)
+            self.base = self.across.base
+        else:
+            self.base = load_base(config.model, labels, config.seed, config.data.template)
         require_context(self.base, config)
         self._first = attach(self.base, config.tuning, config.model.task, config.seed)
         self.fingerprint = fingerprint(self._first)
@@ -157,7 +170,7 @@ class Worker:
             )
         if config.tuning.seeded:
             return self._train_seeded(index, shard, encoded, task)
-        model = self._load(task.tensors)
+        model, link = self._load(task, index)
         optim = optimizer(model, config.tuning, task.lr)
         home = self._home(index) if config.tuning.keep_optimizer else None
         if home:
@@ -166,7 +179,11 @@ class Worker:
         seed = derive(config.seed, "train", shard.name, task.round)
         before = read(model)
         common = (model, encoded, config.tuning, config.model.task)
-        if config.tuning.method == "mezo":
+        kept = 0
+        if link is not None:
+            split_run = tune_split(*common, optim, lr=task.lr, seed=seed, pad_id=self.base.pad_id)
+            ran, kept = split_run.run, split_run.kept
+        elif config.tuning.method == "mezo":
             ran = mezo.tune(
                 *common, lr=task.lr, seed=seed, pad_id=self.base.pad_id,
                 threads=config.engine.threads,
@@ -179,7 +196,11 @@ class Worker:
             raise diverged(shard.name, task.round, ran.loss)
         if home:
             remember(home, optim, after=task.round)
-        return self._update(task, encoded, ran, delta)
+        told = self._update(task, encoded, ran, delta)
+        if link is None or config.privacy.on:
+            return told
+        sent = link.take()
+        return replace(told, cut_up=sent.bytes_up, cut_down=sent.bytes_down, kept=kept)
 
     def _update(self, task: Task, encoded: Encoded, ran: LocalRun, tensors: Tensors) -> Update:
         """Return what leaves; under a promise no figure goes with it."""
@@ -283,7 +304,7 @@ class Worker:
             )
         else:
             parts, after_norm, optim = self._delta(
-                encoded, shard, task, promise, source, clip_norm, kept
+                index, encoded, shard, task, promise, source, clip_norm, kept
             )
         # First: whoever finds it released must not leave a state that nobody paid for.
         guard.ledger.release(reservation)
@@ -294,11 +315,14 @@ class Worker:
         return Update(task.round, task.attempt, 1, 0, 0, WITHHELD, parts)
 
     def _delta(
-        self, encoded: Encoded, shard: Shard, task: Task, promise: Promise, source: NoiseSource,
-        clip_norm: float, kept: Path | None,
+        self, index: int, encoded: Encoded, shard: Shard, task: Task, promise: Promise,
+        source: NoiseSource, clip_norm: float, kept: Path | None,
     ) -> tuple[Tensors, float, torch.optim.Optimizer]:  # fmt: skip
         """Tune the adapter under the example-level promise; return its difference."""
-        config, model = self.config, self._load(task.tensors)
+        config = self.config
+        model, link = self._load(task, index)
+        if link is not None and config.tuning.split.prune == "el2n":
+            encoded = self._above(model, encoded)
         optim = optimizer(model, config.tuning, task.lr)
         if kept:
             _go_on(kept, optim, task)
@@ -337,7 +361,7 @@ class Worker:
         model = (
             self._put(index, task.tensors, task.round)[0].model
             if seeded
-            else self._load(task.tensors)
+            else self._load(task, index, "e")[0]
         )
         limit = self.config.evaluation.max_examples
         if limit:
@@ -355,12 +379,29 @@ class Worker:
             examples=counts.examples, tensors={"confusion": counts.confusion},
         )  # fmt: skip
 
-    def _load(self, tensors: Tensors) -> nn.Module:
+    def _load(self, task: Task, index: int, what: str = "t") -> tuple[nn.Module, Link | None]:
+        """Return this thread's model with a task's parameters, and its link to the body."""
         model = self._model()
-        adapter, residual = split(tensors)
+        adapter, residual = split(task.tensors)
         set_residual(model, residual)
         write(model, adapter)
-        return model
+        if self.across is None:
+            return model, None
+        step = f"{what}{task.round}.{task.attempt}"
+        link = self.across.connect(model, index, task.job, step)
+        link.take()
+        return model, link
+
+    def _above(self, model: nn.Module, encoded: Encoded) -> Encoded:
+        """Return the examples whose own score reaches the public threshold.
+
+        Each is kept or not whatever the others are, so a promise about examples holds.
+        """
+        settings, task = self.config.tuning.split, self.config.model.task
+        if not settings.threshold or not encoded.ids:
+            return encoded
+        given = {"seed": self.config.seed, "pad_id": self.base.pad_id}
+        return only(encoded, kept_of(model, encoded, settings, task, **given))
 
     def _home(self, index: int) -> Path | None:
         """Return a client's own folder, by number: its name may hold any character."""

@@ -19,9 +19,11 @@ from fedtune.config import TuningConfig
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.models import Base, settings_of, share
 from fedtune.seeds import derive
+from fedtune.split.blocks import blocks_of, cut_of
 
 __all__ = [
     "FULL",
+    "SFPROMPT",
     "Pair",
     "Tensors",
     "attach",
@@ -30,6 +32,7 @@ __all__ = [
     "pairs",
     "peft_settings",
     "read",
+    "tail_of",
     "trainable",
     "write",
 ]
@@ -41,6 +44,9 @@ Task = Literal["causal-lm", "classification"]
 
 FULL = "full"
 """No adapter: every parameter of the model trains."""
+
+SFPROMPT = "sfprompt"
+"""Prompts in front, and LoRA on the tail's blocks: two adapters of peft, one in the other."""
 
 _PEFT_TASK = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS"}
 # Measured in docs/decisions.md: plain averaging of these is exact.
@@ -85,14 +91,18 @@ def averaging(adapter: str) -> Literal["linear", "product", "inexact"]:
     name = adapter.lower()
     if name in _LINEAR:
         return "linear"
-    return "product" if name == "lora" else "inexact"
+    return "product" if name in ("lora", SFPROMPT) else "inexact"
 
 
 def methods() -> tuple[str, ...]:
     """Return every adapter name that ``attach`` takes with this peft."""
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    return (FULL, *_NAMED, *sorted(kind.value.lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING))
+    return (
+        FULL,
+        *_NAMED,
+        *sorted(kind.value.lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING),
+    )
 
 
 def attach(base: Base, tuning: TuningConfig, task: Task, seed: int) -> nn.Module:
@@ -126,7 +136,14 @@ def attach(base: Base, tuning: TuningConfig, task: Task, seed: int) -> nn.Module
     with _readable(tuning, task), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(derive(seed, "adapter"))
-        model: Any = get_peft_model(share(base.model), _peft_config(base, tuning, task))
+        network = share(base.model)
+        if tuning.adapter == SFPROMPT and tuning.split.tail:
+            network = get_peft_model(network, _tail(base, tuning))
+        model: Any = get_peft_model(network, _peft_config(base, tuning, task))
+        if network is not model:
+            for name, parameter in network.named_parameters():
+                # A second adapter freezes the first.
+                parameter.requires_grad_(parameter.requires_grad or ".lora_" in name)
     chosen = peft_settings(model)
     in_front = chosen.is_prompt_learning and chosen.peft_type != "PREFIX_TUNING"
     if in_front and task == "classification" and hasattr(base.model, "score"):
@@ -186,6 +203,14 @@ def peft_settings(model: nn.Module) -> Any:
     return tuned.peft_config["default"]
 
 
+def tail_of(model: nn.Module) -> Any:
+    """Return the adapter that SFPrompt's prompts are put on; None where there is none."""
+    from peft import PeftModel
+
+    tuned: Any = model
+    return tuned.base_model if isinstance(tuned.base_model, PeftModel) else None
+
+
 def pairs(model: nn.Module) -> tuple[Pair, ...]:
     """Return the low-rank products of a LoRA model in which both factors train."""
     if not hasattr(model, "peft_config"):
@@ -219,11 +244,13 @@ def _peft_config(base: Base, tuning: TuningConfig, task: Task) -> Any:
     options = dict(tuning.options)
     fields = kinds[tuning.adapter.lower()].__dataclass_fields__
     if "target_modules" in fields and tuning.targets:
-        options.setdefault("target_modules", _targets(tuning))
+        options.setdefault("target_modules", _targets(base, tuning))
     return kinds[tuning.adapter.lower()](task_type=_PEFT_TASK[task], **options)
 
 
-def _targets(tuning: TuningConfig) -> str | list[str]:
+def _targets(base: Base, tuning: TuningConfig) -> str | list[str]:
+    if tuning.cut:
+        return _ends(base, tuning)
     return "all-linear" if tuning.targets == ("all-linear",) else list(tuning.targets)
 
 
@@ -241,17 +268,55 @@ def _lora(base: Base, tuning: TuningConfig, task: str) -> Any:
         "r": tuning.rank,
         "lora_alpha": tuning.alpha,
         "lora_dropout": tuning.dropout,
-        "target_modules": _targets(tuning),
+        "target_modules": _targets(base, tuning),
     }
     return LoraConfig(task_type=task, **(given | tuning.options))
+
+
+def _tail(base: Base, tuning: TuningConfig) -> Any:
+    """LoRA on the blocks of the tail, by their full names: it fits the whole model as well."""
+    from peft import LoraConfig
+
+    given: dict[str, Any] = {
+        "r": tuning.rank, "lora_alpha": tuning.alpha, "lora_dropout": tuning.dropout,
+        "target_modules": _ends(base, tuning),
+    }  # fmt: skip
+    return LoraConfig(**given)
+
+
+def _ends(base: Base, tuning: TuningConfig) -> list[str]:
+    """Return the full names of the linear layers in the client's blocks that are adapted."""
+    from transformers.pytorch_utils import Conv1D
+
+    split = tuning.split
+    blocks = blocks_of(base.model)
+    cut = cut_of(base.model, split.head, split.tail)
+    first = 0 if split.adapt == "ends" else cut.body[-1] + 1
+    chosen = [index for index in range(first, cut.count) if not cut.is_body(index)]
+    wanted = set(tuning.targets) - {"all-linear"}
+    found = [
+        f"{blocks.path}.{index}.{name}" for index in chosen
+        for name, module in blocks.modules[index].named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and (not wanted or wanted & {name, name.rsplit(".", 1)[-1]})
+    ]  # fmt: skip
+    if not found:
+        raise FedtuneError(
+            f"tuning.adapter='{tuning.adapter}' finds nothing in the client's blocks {chosen}",
+            hint="raise tuning.split.tail, check tuning.targets, or use tuning.adapter='prompt'",
+            code=ExitCode.MODEL,
+        )
+    return found
 
 
 def _prompt(base: Base, tuning: TuningConfig, task: str) -> Any:
     from peft import PromptTuningConfig
 
-    return PromptTuningConfig(
-        task_type=task, **({"num_virtual_tokens": tuning.tokens} | tuning.options)
-    )
+    given: dict[str, Any] = {"num_virtual_tokens": tuning.tokens}
+    if tuning.adapter == SFPROMPT:
+        # Random prompts cost a small model half a nat before the first step; words do not.
+        given["prompt_tuning_init"] = "SAMPLE_VOCAB"
+    return PromptTuningConfig(task_type=task, **(given | tuning.options))
 
 
 def _prefix(base: Base, tuning: TuningConfig, task: str) -> Any:
@@ -314,6 +379,7 @@ _NAMED: dict[str, Callable[[Base, TuningConfig, str], Any]] = {
     "lora": _lora,
     "lora-frozen-a": _lora,
     "prompt": _prompt,
+    SFPROMPT: _prompt,
     "prefix": _prefix,
     "p-tuning-v2": _p_tuning_v2,
     "ia3": _ia3,

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedtune.config_privacy import ExamplePrivacyConfig, PrivacyConfig
-from fedtune.config_tuning import PoolConfig, ProbeConfig, TuningConfig
+from fedtune.config_tuning import PoolConfig, ProbeConfig, SplitConfig, TuningConfig
 from fedtune.prompt import TEMPLATE, split_template
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "PrivacyConfig",
     "ProbeConfig",
     "ServerOptimizerConfig",
+    "SplitConfig",
     "TuningConfig",
 ]
 
@@ -205,6 +206,13 @@ class EngineConfig(BaseModel):
     """0: one per core."""
     threads: Positive = 1
     """Threads of torch in each worker; bits may differ between values."""
+    body: str = Field(default="local", pattern=r"^(local|process|.+:\d+)$")
+    """Split tuning: who runs the body. ``local``: every worker its own; ``process``: one body
+    server of this machine, over gRPC; or the ``HOST:PORT`` of one that runs: ``fedtune body``."""
+    body_root: str = ""
+    """Certificate (PEM) that the body server's must come from; empty: no TLS, loopback only."""
+    body_key: str = ""
+    """Private key of this node (OpenSSH, ECDSA P-384) that the body server has enrolled."""
 
 
 class OutputConfig(BaseModel):
@@ -297,7 +305,7 @@ def _coefficients(config: Config, promise: ExamplePrivacyConfig) -> list[tuple[b
         (not laplace or probe.count == 1,
          "tuning.probe.count=1 with privacy.example.noise='laplace': it is for one number"),
     ]  # fmt: skip
-    if tuning.method == "backprop":
+    if tuning.by_gradient:
         return rules
     rules += [
         (probe.step == "plain",
@@ -318,6 +326,20 @@ def _coefficients(config: Config, promise: ExamplePrivacyConfig) -> list[tuple[b
              "tuning.probe.objective='loss' unless tuning.pool.engine='probes'"),
         ]  # fmt: skip
     return rules
+
+
+def _across(tuning: TuningConfig) -> list[tuple[bool, str]]:
+    """Return what holds for single examples of a cut model, of what is released in the end."""
+    split = tuning.split
+    if not tuning.cut:
+        return []
+    return [
+        (split.local_epochs == 0,
+         "tuning.split.local_epochs=0: its steps look at examples, and no budget covers them"),
+        (split.keep == 1,
+         "tuning.split.keep=1: the best of all by score are others when one example more is "
+         "there; a public tuning.split.threshold looks at each alone"),
+    ]  # fmt: skip
 
 
 def _require_private(config: Config) -> None:
@@ -352,6 +374,7 @@ def _require_private(config: Config) -> None:
              f"privacy.example.population of at least the batch, {batch}"),
         ]  # fmt: skip
         wanted += _coefficients(config, config.privacy.example)
+        wanted += _across(config.tuning)
         if config.privacy.example.sampler == "everyone":
             wanted.append(
                 (batch == population,

@@ -1,4 +1,4 @@
-"""``[tuning]``, ``[tuning.probe]`` and ``[tuning.pool]``: what is tuned, and how."""
+"""``[tuning]`` and its tables for probes and pools: what is tuned, and how."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-__all__ = ["PoolConfig", "ProbeConfig", "TuningConfig"]
+from fedtune.config_split import SplitConfig
+
+__all__ = ["PoolConfig", "ProbeConfig", "SplitConfig", "TuningConfig"]
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
@@ -19,6 +21,9 @@ _NO_POOL = (
 
 SEED_METHODS = ("fedkseed", "fedkseed-pro", "seedpool")
 """Methods of which only coefficients of a seed pool travel."""
+
+_ACROSS = ("sfprompt", "prompt", "lora", "lora-frozen-a", "p-tuning-v2", "prefix")
+"""Adapters whose parameters are all the client's when the model is cut."""
 
 
 class ProbeConfig(BaseModel):
@@ -74,8 +79,8 @@ class TuningConfig(BaseModel):
 
     adapter: str = Field(default="lora", pattern=r"^[a-z0-9_-]+$")
     """``lora``, ``lora-frozen-a``, ``prompt``, ``prefix``, ``p-tuning-v2``, ``ia3``,
-    ``layernorm``, ``bias``, or the name of any other method of the installed peft;
-    ``full``: no adapter, all parameters of the model."""
+    ``layernorm``, ``bias``, ``sfprompt`` (prompts, and LoRA on the last blocks), or the name of
+    any other method of the installed peft; ``full``: no adapter, all parameters of the model."""
     rank: Positive = 8
     """LoRA family: rank of the update."""
     alpha: float = Field(default=16.0, gt=0.0)
@@ -87,10 +92,13 @@ class TuningConfig(BaseModel):
     """Prompt family: number of virtual tokens."""
     options: dict[str, Any] = {}
     """Further arguments of the peft config class, as they are."""
-    method: Literal["backprop", "mezo", "fedkseed", "fedkseed-pro", "seedpool"] = "backprop"
+    method: Literal["backprop", "mezo", "fedkseed", "fedkseed-pro", "seedpool", "sfprompt"] = (
+        "backprop"
+    )
     """``mezo``: forward passes, the adapter travels. ``fedkseed``, ``fedkseed-pro``: as
     published, only coefficients travel. ``seedpool``: the same on a pool that rebuilds in one
-    pass and is refreshed."""
+    pass and is refreshed. ``sfprompt``: backpropagation through a model whose body is the
+    server's (``[tuning.split]``)."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Of ``backprop``, and of the projected engine."""
     lr: float = Field(default=1e-3, gt=0.0)
@@ -113,6 +121,17 @@ class TuningConfig(BaseModel):
     """Keep each client's optimiser state between its rounds."""
     probe: ProbeConfig = ProbeConfig()
     pool: PoolConfig = PoolConfig()
+    split: SplitConfig = SplitConfig()
+
+    @property
+    def by_gradient(self) -> bool:
+        """Whether parameters are tuned by backpropagation, through the whole model or a cut."""
+        return self.method in ("backprop", "sfprompt")
+
+    @property
+    def cut(self) -> bool:
+        """Whether the model is cut, and its body is the server's."""
+        return self.method == "sfprompt"
 
     @property
     def seeded(self) -> bool:
@@ -134,14 +153,14 @@ class TuningConfig(BaseModel):
 
     @model_validator(mode="after")
     def _method_fits(self) -> TuningConfig:
-        if self.method == "backprop":
+        if self.by_gradient:
             if self.probe != ProbeConfig():
                 raise ValueError(
-                    "[tuning.probe] does nothing with method='backprop': remove it, or set "
+                    f"[tuning.probe] does nothing with method='{self.method}': remove it, or set "
                     "tuning.method to mezo or seedpool"
                 )
             if self.pool != PoolConfig():
-                raise ValueError(_NO_POOL.format("backprop"))
+                raise ValueError(_NO_POOL.format(self.method))
             return self
         if self.method == "mezo" and self.pool != PoolConfig():
             raise ValueError(_NO_POOL.format("mezo"))
@@ -163,6 +182,35 @@ class TuningConfig(BaseModel):
             )
         if self.method in ("fedkseed", "fedkseed-pro"):
             self._as_published()
+        return self
+
+    @model_validator(mode="after")
+    def _split_fits(self) -> TuningConfig:
+        split = self.split
+        if not self.cut:
+            if split != SplitConfig() and self.adapter != "sfprompt":
+                raise ValueError(
+                    f"[tuning.split] does nothing with method='{self.method}': remove it, or set "
+                    "tuning.method='sfprompt'"
+                )
+            return self
+        if self.adapter not in _ACROSS:
+            raise ValueError(
+                f"tuning.adapter='{self.adapter}' has parameters in the server's part: with "
+                f"method='sfprompt' use one of {', '.join(_ACROSS)}"
+            )
+        if split.release == "once" and split.noise and self.adapter in ("sfprompt", "prompt"):
+            raise ValueError(
+                "tuning.split.noise with release='once' is for what never changes: prompts would "
+                "be released anew in every step; set release='each', or tuning.adapter='lora'"
+            )
+        if split.release == "once" and self.adapter in ("p-tuning-v2", "prefix"):
+            raise ValueError("tuning.split.release='once' cannot hold what prefixes change")
+        if split.release == "once" and split.head and self.adapter in ("sfprompt", "prompt"):
+            raise ValueError(
+                "tuning.split.release='once' needs hidden states that stay: prompts change them in "
+                "every block of the head; set tuning.split.head=0, or tuning.adapter='lora'"
+            )
         return self
 
     def _nothing_ignored(self) -> None:

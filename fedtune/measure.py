@@ -53,7 +53,14 @@ def forward_loss(
     predicted, target : Tensor, shape (N,), int64
         Arg-max and truth of the same units.
     """
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    given: dict[str, torch.Tensor | bool] = {
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"],
+    }
+    if task == "causal-lm":
+        # Nothing is generated: a cache of keys and values would only cost time.
+        given["use_cache"] = False
+    logits = model(**given).logits
     target = batch["labels"]
     if task == "causal-lm":
         # Prompt methods put virtual tokens in front; the text is at the end.

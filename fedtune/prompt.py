@@ -130,7 +130,7 @@ def prompted(config: Config) -> Config:
     zeroth-order methods lose most of what they reach (Malladi et al. 2023, appendix E).
     """
     chosen = config.model.task == "classification" and config.model.pooling == "auto"
-    if not chosen or config.tuning.method == "backprop" or not is_causal(_settings(config.model)):
+    if not chosen or config.tuning.by_gradient or not is_causal(_settings(config.model)):
         return config
     table = config.model_dump(by_alias=True)
     table["model"]["pooling"] = "prompt"

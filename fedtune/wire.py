@@ -46,6 +46,8 @@ BUDGET = "budget exhausted"
 """Begins the reason of a client whose own ledger refuses."""
 
 _FIELDS, _TENSORS = "fields", "tensors"
+_OPTIONAL = frozenset({"cut_up", "cut_down", "kept"})
+"""Fields that do not travel while they are 0."""
 _STYPE = "safetensors"
 _INLINE = 32 * 1024
 _CHUNK = 5 * 1024 * 1024
@@ -102,6 +104,10 @@ class Update:
         Mean training loss; ``WITHHELD`` where a privacy promise covers the data.
     tensors : Tensors
         New parameters minus those of the task, same names and shapes.
+    cut_up, cut_down : int
+        Split tuning: bytes to and from the body, besides this message.
+    kept : int
+        Split tuning: examples that crossed the cut.
     """
 
     round: int
@@ -111,6 +117,9 @@ class Update:
     truncated: int
     loss: float
     tensors: Tensors
+    cut_up: int = 0
+    cut_down: int = 0
+    kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -158,6 +167,7 @@ def unpack_tensors(blob: bytes) -> dict[str, NDArray[Any]]:
 def to_record(value: Hello | Task | Update | Evaluation | Share) -> RecordDict:
     """Encode one of the records."""
     scalars = {f.name: getattr(value, f.name) for f in fields(value) if f.name != _TENSORS}
+    scalars = {name: one for name, one in scalars.items() if one or name not in _OPTIONAL}
     tensors = getattr(value, _TENSORS, None)
     blob = b"" if tensors is None else pack_tensors(tensors)
     if 0 < len(blob) <= _INLINE:
@@ -188,6 +198,12 @@ def from_record(kind: type[_Record], record: RecordDict) -> _Record:
         )
     values: dict[str, Any] = dict(scalars)
     inline = values.pop(_TENSORS, None) if _TENSORS in wanted else None
+    absent = (wanted.keys() & _OPTIONAL) - values.keys()
+    if any(values.get(name) == 0 for name in _OPTIONAL):
+        raise FedtuneError(
+            f"{kind.__name__}: a field that is 0 does not travel", code=ExitCode.ENGINE
+        )
+    values |= dict.fromkeys(absent, 0)
     if wanted.keys() - {_TENSORS} != values.keys():
         odd = sorted((wanted.keys() - {_TENSORS}) ^ values.keys())
         raise FedtuneError(f"{kind.__name__}: wrong fields {odd[:5]}", code=ExitCode.ENGINE)

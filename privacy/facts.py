@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.privacy.events import Relation, Unit
+from fedtune.privacy.server_view import Crossing
 
 __all__ = [
     "Clip",
@@ -221,6 +222,8 @@ class Facts(BaseModel):
     deployment: Deployment = Deployment()
     ledger: str = ""
     """Where the ledger is: a path, or a URL without a password. Never printed."""
+    crossing: Crossing | None = None
+    """What went through the cut of a split model; None: the model was not split."""
 
     @field_validator("finished")
     @classmethod

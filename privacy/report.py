@@ -19,6 +19,7 @@ from fedtune.privacy.report_fields import fields_of, ran_rows
 from fedtune.privacy.report_ledger import Extract
 from fedtune.privacy.report_model import Answer, Chapter, Note, Report
 from fedtune.privacy.report_parts import Latest, budgets, curve, key, other_jobs, people
+from fedtune.privacy.server_view import ServerView, server_view
 from fedtune.privacy.statement import Statement, states
 from fedtune.privacy.trust import Trust, omissions, trust_of
 from fedtune.privacy.words import above, joined, markdown, percent, plural, power, shown
@@ -61,16 +62,18 @@ def build(
         for ran, statement in zip(facts.mechanisms, statements, strict=True)
     )
     private = bool(statements) and all(statement.holds for statement in statements)
+    view = server_view(facts.crossing) if facts.crossing else None
     return Report(
         made=now,
         by=f"fedtune {version('fedtune')}",
         as_of=now if live else facts.finished,
         private=private,
         answer=_answer(facts, chapters, private),
-        notes=tuple(_notes(facts, chapters)),
+        notes=tuple(_notes(facts, chapters, view)),
         facts=facts.model_copy(update={"ledger": ""}),
         chapters=chapters,
         not_covered=omissions(facts),
+        server_view=view,
         fields=fields_of(facts, statements),
         ledger=extract,
     )
@@ -79,8 +82,11 @@ def build(
 def summary(report: Report) -> dict[str, Any]:
     """Return ``privacy.json``: what goes with the adapter, to everybody.
 
-    No client is named. ``differential_privacy`` is true only when every statement holds.
+    No client is named. ``differential_privacy`` is true only when every statement holds. Of a
+    split run ``server_view`` says what the server of the body may learn: another reader, and
+    never added to the statements.
     """
+    view = report.server_view
     return {
         "schema": 2,
         "differential_privacy": report.private,
@@ -106,6 +112,7 @@ def summary(report: Report) -> dict[str, Any]:
             for chapter in report.chapters
             for s in [chapter.statement]
         ],
+        **({"server_view": view.model_dump(mode="json")} if view else {}),
         "not_covered": [omission.what for omission in report.not_covered],
         "warnings": [note.text for note in report.notes],
         "job": report.facts.job,
@@ -142,7 +149,7 @@ def _chapter(
     latest: Latest,
     details: bool,
 ) -> Chapter:
-    trust = trust_of(ran)
+    trust = trust_of(ran, split=facts.crossing is not None)
     worst = extract.accounts[statement.rows[0].index]
     groups = events_of(worst.groups)
     chapter = Chapter(
@@ -210,8 +217,11 @@ def _answers(trust: Trust, statement: Statement) -> tuple[Answer, ...]:
     )  # fmt: skip
 
 
-def _notes(facts: Facts, chapters: Sequence[Chapter]) -> list[Note]:
-    dangers, cautions = [], []
+def _notes(facts: Facts, chapters: Sequence[Chapter], view: ServerView | None) -> list[Note]:
+    dangers: list[str] = []
+    cautions: list[str] = []
+    if view is not None:
+        (cautions if view.differential_privacy else dangers).append(view.statement)
     if any(not (ran.noise.secure and ran.sampling.secure) for ran in facts.mechanisms):
         dangers.append(
             "Noise or coins of this run came from a seed. Whoever knows or guesses the seed can "

@@ -161,10 +161,11 @@ def fields_of(facts: Facts, statements: Sequence[Statement]) -> tuple[Named, ...
     The names are ours where a guide gives a topic and no name.
     """
     pairs = list(zip(facts.mechanisms, statements, strict=True))
+    split = facts.crossing is not None
     who = facts.deployment
     rows = [
         ("DP setting", "Trust model", "Deployment model",
-         " ".join(f"{s.title}: {trust_of(r).model}" for r, s in pairs)),
+         " ".join(f"{s.title}: {trust_of(r, split=split).model}" for r, s in pairs)),
         ("Unit of privacy", "Unit of privacy", "Privacy unit, in detail",
          " ".join(f"{s.title}; {plural(facts.per_person, 'unit')} per person at most."
                   for _, s in pairs)),

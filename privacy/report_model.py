@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from fedtune.privacy.facts import Facts, Omission
 from fedtune.privacy.report_fields import Named
 from fedtune.privacy.report_ledger import Extract
+from fedtune.privacy.server_view import ServerView
 from fedtune.privacy.statement import Number, Statement
 
 __all__ = ["Answer", "Chapter", "Left", "Note", "OtherJob", "Person", "Point", "Report"]
@@ -124,5 +125,7 @@ class Report(BaseModel):
     facts: Facts
     chapters: tuple[Chapter, ...]
     not_covered: tuple[Omission, ...]
+    server_view: ServerView | None = None
+    """Of a split run: what bounds what the server of the body sees. Never added to the rest."""
     fields: tuple[Named, ...]
     ledger: Extract

@@ -68,6 +68,8 @@ def _data(report: Report, envelope: Mapping[str, Any]) -> dict[str, Any]:
              " ".join(c.beyond)]
             for c in report.chapters
         ],
+        "server_view": [report.server_view.statement, *report.server_view.remember]
+        if report.server_view else [],
         "model_rows": [
             ["Base model", f"{model.base} {model.revision}".strip()],
             ["SHA-256", model.fingerprint or "not recorded"],

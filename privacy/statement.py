@@ -169,7 +169,8 @@ def _state(facts: Facts, ran: Ran, extract: Extract) -> Statement:
     groups = events_of(extract.accounts[first.index].groups)
     secure = ran.noise.secure and ran.sampling.secure
     epsilon = worst.epsilon
-    trust = trust_of(ran)
+    split = facts.crossing is not None
+    trust = trust_of(ran, split=split)
     return Statement(
         unit=ran.unit,
         relation=ran.relation,
@@ -180,6 +181,7 @@ def _state(facts: Facts, ran: Ran, extract: Extract) -> Statement:
             above(epsilon, 3) if math.isfinite(epsilon) else "",
             ran.rounds,
             "" if worst.pure is None else above(worst.pure, 3),
+            split=split,
         ),
         epsilon=epsilon,
         delta=ran.delta,

@@ -6,7 +6,7 @@ something a report may promise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.privacy.events import Relation, Unit
@@ -115,8 +115,14 @@ _METRICS = {
 }
 
 
-def trust_of(ran: Ran) -> Trust:
+def trust_of(ran: Ran, *, split: bool = False) -> Trust:
     """Return who is protected against whom.
+
+    Parameters
+    ----------
+    ran : Ran
+    split : bool
+        The model was cut: another server runs its body, and is none of the protected.
 
     Raises
     ------
@@ -130,7 +136,30 @@ def trust_of(ran: Ran) -> Trust:
             hint="examples are protected by noise at the client, clients by noise at the server",
             code=ExitCode.PRIVACY,
         )
-    return found
+    return _cut(found) if split else found
+
+
+def _cut(trust: Trust) -> Trust:
+    """Return the row for a split model: what goes through the cut is another ledger's."""
+    updates, network = "the server that collects the updates", "whoever reads messages"
+    return replace(
+        trust,
+        model=trust.model.replace(
+            "The server need not be trusted with the text.",
+            "The server that collects the updates need not be trusted with the text; the one "
+            "that runs the body must be.",
+        ),
+        bounded_for=tuple(
+            updates if who == "the server" else who
+            for who in trust.bounded_for
+            if not who.startswith(network)
+        ),
+        unbounded_for=(
+            *trust.unbounded_for,
+            "the server that runs the body (it has a ledger of its own)",
+            "whoever reads what goes through the cut",
+        ),
+    )
 
 
 def omissions(facts: Facts) -> tuple[Omission, ...]:
@@ -144,7 +173,7 @@ def unit_words(ran: Ran) -> str:
     return "one example of one client" if ran.unit is Unit.EXAMPLE else "all data of one client"
 
 
-def formal(ran: Ran, epsilon: str, rounds: int, pure: str = "") -> str:
+def formal(ran: Ran, epsilon: str, rounds: int, pure: str = "", *, split: bool = False) -> str:
     """Return the one sentence that is the guarantee.
 
     Parameters
@@ -155,6 +184,8 @@ def formal(ran: Ran, epsilon: str, rounds: int, pure: str = "") -> str:
         How many rounds released something.
     pure : str
         Epsilon at delta 0, as printed; empty when there is none.
+    split : bool
+        The model was cut: of what leaves a client only its updates are meant.
     """
     if ran.relation is Relation.ADD_OR_REMOVE_ONE:
         differ = f"that differ by {unit_words(ran)} being there or not"
@@ -163,11 +194,12 @@ def formal(ran: Ran, epsilon: str, rounds: int, pure: str = "") -> str:
             f"that are equal but for {unit_words(ran)}, which counts as zero in one of them "
             "(how many there are is public)"
         )
-    what = (
-        "what leaves any one client in"
-        if ran.unit is Unit.EXAMPLE
-        else "the sequence of released models of"
+    leaves = (
+        "what leaves any one client to be aggregated in"
+        if split
+        else ("what leaves any one client in")
     )
+    what = leaves if ran.unit is Unit.EXAMPLE else "the sequence of released models of"
     subject = f"{what} all {plural(rounds, 'round')} together"
     if not epsilon:
         return f"For any two data sets {differ}: {subject} has no bound (epsilon is infinite)."

@@ -35,7 +35,10 @@ def problem_of(update: Update, task: Task, adapter: Tensors, *, private: bool = 
     if not 1 <= update.examples <= _MOST_EXAMPLES:
         return f"examples={update.examples} is not a weight"
     figures = (update.examples, update.steps, update.truncated, update.loss)
-    if private and figures != (1, 0, 0, WITHHELD):
+    crossed = (update.cut_up, update.cut_down, update.kept)
+    if min(crossed) < 0 or update.kept > update.examples:
+        return f"what crossed the cut cannot be: {crossed}"
+    if private and (figures != (1, 0, 0, WITHHELD) or any(crossed)):
         return "carries figures on private rows that no privacy budget covers"
     if not private and not 0 <= update.loss <= _LARGEST:
         return f"loss={update.loss:g} is not a loss"

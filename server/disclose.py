@@ -34,6 +34,7 @@ from fedtune.privacy.ledger import open_ledger
 from fedtune.privacy.plan import Promise, dataset_name, ledger_place, noise_source, promises
 from fedtune.privacy.report import build, card_lines, summary
 from fedtune.privacy.report_ledger import read_extract
+from fedtune.privacy.server_view import Crossing, crossing_of
 from fedtune.server.run_folder import RunFolder
 from fedtune.server.tuned import Tuned
 
@@ -47,12 +48,14 @@ Ended = Literal["finished", "budget-exhausted", "interrupted", "failed"]
 
 
 def disclose(tuned: Tuned, folder: RunFolder, ended: Ended = "finished") -> None:
-    """Write the facts and the ledger's extract of a run that promised something."""
+    """Write the facts and the ledger's extract of a run that promised something, or was split."""
     config = tuned.config
-    if not config.privacy.on:
+    if not (config.privacy.on or config.tuning.cut):
         return
-    extract = open_ledger(ledger_place(config)).extract(folder.job(), compact=True)
-    _require_all(config, extract, _rounds(folder))
+    extract: Mapping[str, Any] = {"schema": 1, "job": folder.job(), "accounts": []}
+    if config.privacy.on:
+        extract = open_ledger(ledger_place(config)).extract(folder.job(), compact=True)
+        _require_all(config, extract, _rounds(folder))
     write_json(folder.path / "ledger.json", extract)
     facts = facts_of(tuned, folder, ended)
     write_json(folder.path / "privacy_facts.json", facts.model_dump(mode="json"))
@@ -61,7 +64,8 @@ def disclose(tuned: Tuned, folder: RunFolder, ended: Ended = "finished") -> None
 def statement_of(folder: RunFolder) -> tuple[dict[str, Any], list[str]]:
     """Return ``privacy.json`` and the lines of the model card for a run."""
     file = folder.path / "privacy_facts.json"
-    if not folder.config().privacy.on:
+    config = folder.config()
+    if not (config.privacy.on or config.tuning.cut):
         return {
             "schema": 2,
             "differential_privacy": False,
@@ -69,7 +73,7 @@ def statement_of(folder: RunFolder) -> tuple[dict[str, Any], list[str]]:
         }, []
     extract = read_extract(folder.path / "ledger.json")
     report = build(read_facts(file), extract, details=False)
-    return summary(report), card_lines(report)
+    return summary(report), card_lines(report) if config.privacy.on else []
 
 
 def facts_of(tuned: Tuned, folder: RunFolder, ended: Ended = "finished") -> Facts:
@@ -92,12 +96,20 @@ def facts_of(tuned: Tuned, folder: RunFolder, ended: Ended = "finished") -> Fact
             parameters=sum(p.numel() for p in trainable(tuned.model).values()),
         ),
         data=_data(config, folder),
-        metrics="withheld",
+        metrics="withheld" if config.privacy.on else "not-private",
         not_covered=_not_covered(config),
         warnings=("noise and coins came from the seed of the experiment: whoever knows it can "
                   "take the noise away",) if insecure else (),
-        ledger=ledger_place(config),
+        ledger=ledger_place(config) if config.privacy.on else "",
+        crossing=_crossing(config, folder, rounds) if config.tuning.cut else None,
     )  # fmt: skip
+
+
+def _crossing(config: Config, folder: RunFolder, rounds: int) -> Crossing:
+    """Return the most that went through the cut; where counts are private, by nominal ones."""
+    source = noise_source(config)
+    examples = max((int(row.get("examples") or 0) for row in folder.client_rows()), default=0)
+    return crossing_of(config, rounds, examples, source=source.name, secure=source.secure)
 
 
 def _rounds(folder: RunFolder) -> int:
@@ -131,7 +143,7 @@ def _ran(tuned: Tuned, promise: Promise, rounds: int) -> Ran:
     parameters = {name: p.numel() for name, p in trainable(tuned.model).items()}
     numbers = released(config, sum(parameters.values()), promise.unit)
     # Sums of whole numbers are exact; the bits of the quantile rule are added as floats.
-    coefficients = config.tuning.method != "backprop" and settings.clip != "quantile"
+    coefficients = not config.tuning.by_gradient and settings.clip != "quantile"
     whole = promise.unit is Unit.CLIENT or coefficients
     blocks: dict[str, float] = {}
     if settings.clip == "per-adapter":
@@ -167,7 +179,8 @@ def _trained(config: Config) -> str:
     """Say what was tuned, and by which numbers where only those travel."""
     tuning = config.tuning
     if not tuning.seeded:
-        return tuning.adapter if tuning.method == "backprop" else f"{tuning.adapter} by mezo"
+        how = {"backprop": "", "mezo": " by mezo", "sfprompt": " through a cut model"}
+        return tuning.adapter + how[tuning.method]
     engine = tuning.pool.engine if tuning.method == "seedpool" else "probes"
     return (
         f"{tuning.adapter} by {tuning.method} ({engine}; {tuning.pool.size:,} coefficients of "

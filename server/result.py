@@ -17,7 +17,7 @@ import torch
 from jinja2 import Environment
 from torch import nn
 
-from fedtune.adapters import FULL, Tensors, peft_settings, trainable
+from fedtune.adapters import FULL, SFPROMPT, Tensors, peft_settings, tail_of, trainable
 from fedtune.config import Config, ModelConfig
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.files import storage, write_atomic, write_json
@@ -32,6 +32,8 @@ __all__ = ["save_result", "verify_adapter"]
 
 _PROBE = "Federated tuning keeps the text where it is; def main() -> None: return 42"
 _TOLERANCE = 2e-3
+TAIL = "tail"
+"""Folder, in that of the prompts, of the adapter on the last blocks."""
 _SHOWN = (
     ("loss", "loss (nats)"), ("perplexity", "perplexity"), ("accuracy", "accuracy"),
     ("macro_f1", "macro-F1"), ("client_worst", "worst client"),
@@ -83,6 +85,9 @@ def _save_adapter(tuned: Tuned, saved: nn.Module, fresh: Path) -> None:
         warnings.simplefilter("ignore")
         peft_settings(saved).base_model_name_or_path = tuned.config.model.base
         saved.save_pretrained(str(fresh), save_embedding_layers=False)  # type: ignore[operator]
+        if tuned.config.tuning.adapter == SFPROMPT and (inner := tail_of(saved)) is not None:
+            peft_settings(inner).base_model_name_or_path = tuned.config.model.base
+            inner.save_pretrained(str(fresh / TAIL), save_embedding_layers=False)
 
 
 def verify_adapter(tuned: Tuned, state: State, path: Path) -> float:
@@ -105,7 +110,10 @@ def verify_adapter(tuned: Tuned, state: State, path: Path) -> float:
     given = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loaded = PeftModel.from_pretrained(share(tuned.base.model), str(path)).eval()
+        network = share(tuned.base.model)
+        if (path / TAIL).is_dir():
+            network = PeftModel.from_pretrained(network, str(path / TAIL))
+        loaded = PeftModel.from_pretrained(network, str(path)).eval()
         theirs = loaded(**given).logits.float()
         ours = tuned.put(state)(**given).logits.float()
     keep = given["attention_mask"].bool() if ours.dim() == 3 else ...
@@ -164,7 +172,7 @@ def _card(tuned: Tuned, folder: RunFolder, clients: int, saved: nn.Module, told:
         parameters=sum(p.numel() for p in trainable(saved).values()), version=version("fedtune"),
         clients=_clients(config, clients), rounds=last["round"],
         aggregation=config.federation.aggregation,
-        bytes=sum(row.get("bytes_down", 0) + row.get("bytes_up", 0) for row in rows),
+        bytes=sum(row.get(f"bytes_{way}", 0) for row in rows for way in ("down", "up", "cut")),
         figures=[(label, _figure(first, key), _figure(last, key)) for key, label in _SHOWN
                  if key in last],
         snippet=_snippet(tuned), told=told,
@@ -173,7 +181,7 @@ def _card(tuned: Tuned, folder: RunFolder, clients: int, saved: nn.Module, told:
 
 def _method(config: Config) -> str:
     tuning = config.tuning
-    return f"{tuning.method} ({tuning.optimizer})" if tuning.method == "backprop" else tuning.method
+    return f"{tuning.method} ({tuning.optimizer})" if tuning.by_gradient else tuning.method
 
 
 def _clients(config: Config, clients: int) -> int:
@@ -199,15 +207,25 @@ def _snippet(tuned: Tuned) -> str:
             f"base = load_base(ModelConfig(base={folder}, task={json.dumps(model.task)}, "
             f"pooling={json.dumps(model.pooling)}{_words(model)}), labels={tuned.labels!r}, "
             f"seed={tuned.config.seed}{_template(tuned.config)})",
-            'model = PeftModel.from_pretrained(base.model, "adapter")',
+            *_loads("base.model", tuned),
         ]
     else:
         lines += [
             "from transformers import AutoModelForCausalLM",
             f"base = AutoModelForCausalLM.from_pretrained({folder}, dtype='float32')",
-            'model = PeftModel.from_pretrained(base, "adapter")',
+            *_loads("base", tuned),
         ]
     return "\n".join(lines)
+
+
+def _loads(base: str, tuned: Tuned) -> list[str]:
+    """Return the lines that put the adapter on a base; SFPrompt's is two."""
+    if tuned.config.tuning.adapter != SFPROMPT or not tuned.config.tuning.split.tail:
+        return [f'model = PeftModel.from_pretrained({base}, "adapter")']
+    return [
+        f'model = PeftModel.from_pretrained({base}, "adapter/{TAIL}")',
+        'model = PeftModel.from_pretrained(model, "adapter")',
+    ]
 
 
 def _words(model: ModelConfig) -> str:

@@ -271,6 +271,9 @@ def _attempt(
         return done
     row |= {f"clients_{kind}": outcomes.count(kind) for kind in ("ok", "late", "failed", "dropped")}
     row["bytes_up"] = sum(entry["bytes_up"] for entry in done.clients)
+    if config.tuning.cut and not done.private:
+        crossed = ("cut_up", "cut_down")
+        row["bytes_cut"] = sum(entry.get(way, 0) for entry in done.clients for way in crossed)
     return done
 
 
@@ -327,7 +330,8 @@ def _facts(answer: Answer[Update] | None) -> dict[str, Any]:
     if answer is None or answer.value is None:
         return {}
     names = ("examples", "steps", "truncated", "loss")
-    return {name: getattr(answer.value, name) for name in names}
+    cut = ("kept", "cut_up", "cut_down") if answer.value.cut_up else ()
+    return {name: getattr(answer.value, name) for name in (*names, *cut)}
 
 
 def _apply(tuned: Tuned, state: State, done: Round) -> State:

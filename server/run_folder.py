@@ -38,7 +38,7 @@ __all__ = ["METRICS", "RunFolder", "create", "find", "list_runs", "reopen"]
 
 METRICS = (
     "round", "attempt", "lr", "clients_ok", "clients_late", "clients_failed", "clients_dropped",
-    "bytes_down", "bytes_up", "bytes_evaluation", "train_loss", "update_norm",
+    "bytes_down", "bytes_up", "bytes_cut", "bytes_evaluation", "train_loss", "update_norm",
     "epsilon_example", "epsilon_client",
     "aggregation_error", "residual_lost", "loss", "perplexity", "accuracy", "macro_f1",
     "client_mean", "client_worst", "client_p10", "clients_evaluated", "seconds", "memory_mb",

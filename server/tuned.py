@@ -17,6 +17,8 @@ from fedtune.pool.groups import Groups, groups_of
 from fedtune.pool.weights import PoolWeights
 from fedtune.residual import set_residual
 from fedtune.server.checkpoint import State
+from fedtune.split.blocks import cut_of
+from fedtune.split.parts import body_names
 
 __all__ = ["Tuned", "load_tuned"]
 
@@ -86,7 +88,12 @@ def load_tuned(config: Config, labels: tuple[str, ...]) -> Tuned:
         )
     rows = load_eval(config.data, labels) if config.data.eval else ()
     held_out = encode(rows, base.tokenizer, config.data, labels) if rows else None
-    found = fingerprint(model)
+    body: tuple[str, ...] = ()
+    if config.tuning.cut:
+        split = config.tuning.split
+        body = body_names(model, cut_of(model, split.head, split.tail))
+    # A client of a cut model has no body to compare.
+    found = fingerprint(model, without=body)
     weights = None
     if config.tuning.seeded:
         weights = PoolWeights(model, config.tuning, config.engine.threads)

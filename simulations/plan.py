@@ -28,6 +28,7 @@ from fedtune.privacy.schedule import schedule_of
 from fedtune.server.rounds import Member, cohort_of
 from fedtune.server.seeded import COEFFICIENTS, advance, begin, tensors_for
 from fedtune.server.tuned import Tuned, load_tuned
+from fedtune.simulations.plan_split import split_lines, split_plan
 from fedtune.wire import Task, Update, size_of, to_record
 
 __all__ = ["describe", "plan"]
@@ -65,6 +66,11 @@ def plan(config: Config) -> dict[str, Any]:
     trained = sum(p.numel() for p in trainable(tuned.model).values())
     down, up = _bytes(tuned)
     size = len(cohorts[0])
+    cut = {}
+    if config.tuning.cut:
+        tokens = [sum(map(len, one.ids)) for one in encoded.values()]
+        length = sum(tokens) / max(1, sum(examples.values()))
+        cut = {"split": split_plan(config, tuned, int(np.median(tokens)), max(1, round(length)))}
     return {
         "name": config.name,
         "base": config.model.base,
@@ -97,7 +103,7 @@ def plan(config: Config) -> dict[str, Any]:
             for one in promised
         ],
         "notes": [*federation.notes, *_warnings(config)],
-    }
+    } | cut
 
 
 def describe(made: Mapping[str, Any]) -> str:
@@ -118,6 +124,8 @@ def describe(made: Mapping[str, Any]) -> str:
     ]
     for one in made["privacy"]:
         lines += private_lines(one)
+    if "split" in made:
+        lines += split_lines(made["split"])
     if made["truncated"]:
         lines.append(f"  truncated    {made['truncated']:,} examples are longer than max_length")
     lines += [f"  no examples  {name}" for name in made["clients_without_examples"]]
@@ -180,7 +188,7 @@ def _memory_mb(config: Config, tuned: Tuned) -> int:
     layers = int(getattr(shape, "num_hidden_layers", 1))
     kept = tokens * layers * 34 * int(shape.hidden_size)
     tuning = config.tuning
-    forward_only = tuning.method != "backprop" and not projected(tuning, weights, _device(tuned))
+    forward_only = not tuning.by_gradient and not projected(tuning, weights, _device(tuned))
     if forward_only:
         kept = tokens * 34 * int(shape.hidden_size)
     logits = (
@@ -189,7 +197,7 @@ def _memory_mb(config: Config, tuned: Tuned) -> int:
         else 0
     )
     # The optimiser's state and gradients; with a pool, the copy that weights are rebuilt from.
-    states = 1 if tuning.method != "backprop" else 4
+    states = 4 if tuning.by_gradient else 1
     return math.ceil(4 * (weights + states * trained + kept / 2 + logits) / 2**20)
 
 
@@ -223,7 +231,7 @@ def _asked(config: Config) -> list[str]:
     """Say how a language model is asked for a class, or that it is not where it should be."""
     if config.model.pooling == "prompt":
         return [f"classes are words after the template {config.data.template!r}: no new head"]
-    if config.model.task == "classification" and config.tuning.method != "backprop":
+    if config.model.task == "classification" and not config.tuning.by_gradient:
         return [
             f"'{config.tuning.method}' starts from a new head here; methods without gradients "
             "rely on model.pooling='prompt' with a causal language model"

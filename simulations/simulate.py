@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,9 @@ from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
-from fedtune.client.app import make_client_app, worker_for
+from fedtune.client.app import MakeService, make_client_app, worker_for
 from fedtune.config import Config
+from fedtune.configfile import dumps
 from fedtune.data import Federation, digest, load
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.files import write_atomic
@@ -128,11 +130,28 @@ def _failure_noted(folder: RunFolder) -> Iterator[None]:
 
 
 def _local(config: Config, server: ServerApp, home: Path, clients: int) -> None:
-    grid = LocalGrid(_executor(config, home, clients), clients)
-    try:
-        server(grid, Context(1, 0, {}, RecordDict(), {}))
-    finally:
-        grid.close()
+    with _body(config) as reached:
+        grid = LocalGrid(_executor(reached, home, clients), clients)
+        try:
+            server(grid, Context(1, 0, {}, RecordDict(), {}))
+        finally:
+            grid.close()
+
+
+@contextlib.contextmanager
+def _body(config: Config) -> Iterator[Config]:
+    """Start the body's own process if the settings ask for one; name its address."""
+    if not config.tuning.cut or config.engine.body != "process":
+        yield config
+        return
+    from fedtune.simulations.body_process import start_body
+
+    with tempfile.TemporaryDirectory(prefix="fedtune-") as place:
+        file = Path(place) / "experiment.toml"
+        file.write_text(dumps(config), encoding="utf-8")
+        with start_body(file) as body:
+            engine = config.engine.model_copy(update={"body": body.address})
+            yield config.model_copy(update={"engine": engine})
 
 
 def _executor(config: Config, home: Path, clients: int) -> Executor:
@@ -141,7 +160,7 @@ def _executor(config: Config, home: Path, clients: int) -> Executor:
     make = partial(_client_app, config, home.resolve())
     if settings.executor == "processes":
         return ProcessExecutor(make, workers)
-    if workers > 1 and worker_for(config, home.resolve()).has_dropout():
+    if workers > 1 and worker_for(config, home.resolve(), _service(config)).has_dropout():
         raise FedtuneError(
             f"engine.executor='threads' with workers={workers} gives other bits every time: "
             f"the model has dropout (tuning.dropout={config.tuning.dropout}, or its own), "
@@ -154,7 +173,16 @@ def _executor(config: Config, home: Path, clients: int) -> Executor:
 
 def _client_app(config: Config, home: Path) -> ClientApp:
     """Make the client app; a module-level function, so that workers can import it."""
-    return make_client_app(config, home)
+    return make_client_app(config, home, _service(config))
+
+
+def _service(config: Config) -> MakeService | None:
+    """Return what makes the body in each worker, where none is served elsewhere."""
+    if not config.tuning.cut or config.engine.body != "local":
+        return None
+    from fedtune.simulations.body import local_service
+
+    return local_service
 
 
 def _ray(config: Config, server: ServerApp, home: Path, clients: int) -> None:
@@ -174,7 +202,7 @@ def _ray(config: Config, server: ServerApp, home: Path, clients: int) -> None:
     with _environment(RAY_USAGE_STATS_ENABLED="0", HF_HUB_OFFLINE="1"):
         run_simulation(
             server_app=server,
-            client_app=make_client_app(config, home.resolve()),
+            client_app=make_client_app(config, home.resolve(), _service(config)),
             num_supernodes=clients,
             backend_config={
                 "client_resources": {"num_cpus": share, "num_gpus": 0.0},

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from fedtune.cli.audit import audit
+from fedtune.cli.body import body
 from fedtune.cli.budget import budget
 from fedtune.cli.out import Out, reporting
 from fedtune.cli.report import report
@@ -29,6 +31,8 @@ runs = typer.Typer(help="Look at what was run.", no_args_is_help=True)
 app.add_typer(runs, name="runs")
 app.add_typer(budget, name="budget")
 app.command()(report)
+app.command()(audit)
+app.command()(body)
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON envelope on stdout.")]
 Set = Annotated[

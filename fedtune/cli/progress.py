@@ -103,7 +103,7 @@ class _View:
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     main = row.get("accuracy") if "macro_f1" in row else row.get("loss")
     failed = row.get("clients_failed", 0) + row.get("clients_dropped", 0)
-    sent = row.get("bytes_down", 0) + row.get("bytes_up", 0)
+    sent = sum(row.get(f"bytes_{way}", 0) for way in ("down", "up", "cut"))
     return (
         str(row["round"]), str(row.get("clients_ok", "")), str(row.get("clients_late", "")),
         str(failed), _figure(row.get("train_loss", _worst_bound(row))), _figure(main),

@@ -99,7 +99,7 @@ def released(config: Config, parameters: int, unit: Unit) -> int:
     (4, 1000)
     """
     tuning = config.tuning
-    if tuning.method == "backprop":
+    if tuning.by_gradient:
         return parameters
     if unit is Unit.EXAMPLE and tuning.pool.engine != "projected":
         return tuning.probe.count

@@ -1,0 +1,195 @@
+"""A client's way to the body of a cut model: its part, its link, and the noise on it."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fedtune.client.body_link import Caller, Link, LinkSettings, open_link
+from fedtune.client.remote import BodyLink, ends, keep_ends, remote_of
+from fedtune.config import Config
+from fedtune.errors import ExitCode, FedtuneError
+from fedtune.files import write_atomic
+from fedtune.models import Base, load_base, share
+from fedtune.privacy.cut_noise import noised
+from fedtune.privacy.noise import NoiseSource
+from fedtune.privacy.plan import noise_source
+from fedtune.split.blocks import Cut, cut_of
+from fedtune.split.calls import Service
+from fedtune.split.parts import ends_digest
+from fedtune.split.rows import Rows
+
+__all__ = ["Across", "Noisy", "open_across"]
+
+
+@dataclass
+class Across:
+    """What a process of clients needs to reach the body.
+
+    Attributes
+    ----------
+    base : Base
+        The client's part; every parameter has the name it has in the whole model.
+    digest : str
+        Of the frozen part: the body's server refuses another model.
+    """
+
+    config: Config
+    base: Base
+    cut: Cut
+    digest: str
+    target: str | Service
+    folder: Path | None = None
+    _links: threading.local = field(init=False, default_factory=threading.local)
+    _secrets: dict[int, bytes] = field(init=False, default_factory=dict)
+    _released: dict[int, dict[int, torch.Tensor]] = field(init=False, default_factory=dict)
+
+    def connect(self, model: nn.Module, client: int, job: str, step: str) -> Link:
+        """Point a thread's model to the body, as client number ``client``.
+
+        Parameters
+        ----------
+        step : str
+            Begins the names of this task's calls: the same task gives the same names.
+        """
+        config, remote = self.config, remote_of(model)
+        if remote is None:
+            raise FedtuneError("this model is whole: nothing to connect", code=ExitCode.MODEL)
+        link = self._link(client, job)
+        split = config.tuning.split
+        remote.link = link
+        if split.noise:
+            source = noise_source(config, "cut", client, step)
+            released = self._released.setdefault(client, {})
+            remote.link = Noisy(link, split.clip, split.noise, source, released)
+        once = split.release == "once"
+        secret = self._secret(client) if once else b""
+        remote.begin(step, secret=secret, fresh=self._prompts())
+        return link
+
+    def _link(self, client: int, job: str) -> Link:
+        links: dict[tuple[int, str], Link] = getattr(self._links, "all", {})
+        self._links.all = links
+        if (client, job) not in links:
+            engine, split = self.config.engine, self.config.tuning.split
+            settings = LinkSettings(
+                codec=split.codec, rank=split.rank, release=split.release,
+                root=Path(engine.body_root) if engine.body_root else None,
+            )  # fmt: skip
+            if split.release == "once":
+                settings = replace(settings, secret=self._secret(client))
+            key = Path(engine.body_key) if engine.body_key else None
+            who = Caller(job or "run", f"client-{client}", self.digest, self.cut, key)
+            links[client, job] = open_link(self.target, who, settings)
+        return links[client, job]
+
+    def _secret(self, client: int) -> bytes:
+        """Return what this client's examples are named and held under; it stays here."""
+        if client not in self._secrets:
+            home = self.folder / f"{client:06d}" / "cut.key" if self.folder else None
+            if home is not None and not home.exists():
+                write_atomic(home, secrets.token_bytes(32))
+            self._secrets[client] = home.read_bytes() if home else secrets.token_bytes(32)
+        return self._secrets[client]
+
+    def _prompts(self) -> int:
+        tuning = self.config.tuning
+        named = tuning.tokens if tuning.adapter in ("prompt", "sfprompt") else 0
+        return int(tuning.options.get("num_virtual_tokens", named))
+
+
+def open_across(
+    config: Config,
+    labels: tuple[str, ...],
+    service: Callable[[Base, Cut], Service] | None,
+    folder: Path | None = None,
+) -> Across:
+    """Load the client's part of the model and find its body.
+
+    Parameters
+    ----------
+    service : callable or None
+        Makes a body of this process from the whole model, for simulations; None: the
+        body is where ``engine.body`` says.
+    folder : Path or None
+        Where clients keep their own state.
+    """
+    split, given = config.tuning.split, (config.model, labels, config.seed, config.data.template)
+    if service is None:
+        if ":" not in config.engine.body:
+            raise FedtuneError(
+                f"engine.body='{config.engine.body}': no body of a model is served here",
+                hint="set engine.body to the HOST:PORT of a server: fedtune body FILE",
+                code=ExitCode.CONFIG,
+            )
+        base = load_base(*given, ends(split.head, split.tail))
+        cut = cut_of(base.model, split.head, split.tail)
+        digest = ends_digest(base.model, cut)
+        return Across(config, base, cut, digest, config.engine.body, folder)
+    whole = load_base(*given)
+    cut = cut_of(whole.model, split.head, split.tail)
+    digest = ends_digest(whole.model, cut)
+    target = service(whole, cut)
+    part = share(whole.model)
+    keep_ends(part, cut)
+    return Across(config, replace(whole, model=part), cut, digest, target, folder)
+
+
+class Noisy:
+    """A link that clips and noises what leaves, example by example.
+
+    What was released once is released again as it was: neither a repeated call nor an
+    example that the server has lost is a second release. The gradient goes through the
+    noise as if it were not there.
+    """
+
+    def __init__(
+        self, link: BodyLink, clip: float, z: float, source: NoiseSource,
+        released: dict[int, torch.Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        self.link = link
+        self._released = {} if released is None else released
+        self._law: tuple[float, float, NoiseSource] = (clip, z, source)
+        self._sent: dict[str, torch.Tensor] = {}
+
+    def forward(
+        self, hidden: torch.Tensor, rows: Rows, deep: torch.Tensor | None, step: str, *, grad: bool
+    ) -> torch.Tensor:
+        """Send a noised hidden state; see ``BodyLink``."""
+        sent = noised(hidden, _within(rows), *self._law).to(hidden.device)
+        for row, name in enumerate(rows.examples or ()):
+            real = slice(*(rows.spans[row] if rows.spans else (0, rows.length)))
+            sent[row, real] = self._released.setdefault(name, sent[row, real].clone())
+        if grad:
+            self._sent[step] = sent
+        return self.link.forward(sent, rows, deep, step, grad=grad)
+
+    def backward(
+        self, hidden: torch.Tensor, rows: Rows, deep: torch.Tensor | None, grad: torch.Tensor,
+        step: str,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        """Send a noised gradient; see ``BodyLink``."""
+        sent = self._sent.pop(step)
+        returned = noised(grad, _within(rows), *self._law).to(grad.device)
+        return self.link.backward(sent, rows, deep, returned, step)
+
+    def go_on(self, session: str, hidden: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """Refuse: every new token would be one more release of all before it."""
+        raise FedtuneError(
+            "text is not generated through a cut with noise",
+            hint="generate with the adapter on the whole model",
+            code=ExitCode.PRIVACY,
+        )
+
+
+def _within(rows: Rows) -> Sequence[tuple[int, int]] | None:
+    """Return where the real positions are among the new ones."""
+    if rows.spans is None:
+        return None
+    return [(max(0, a - rows.past), max(0, b - rows.past)) for a, b in rows.spans]
