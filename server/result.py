@@ -112,6 +112,8 @@ def verify_adapter(tuned: Tuned, state: State, path: Path) -> float:
         warnings.simplefilter("ignore")
         network = share(tuned.base.model)
         if (path / TAIL).is_dir():
+            # With one adapter in another, peft writes the head where it stands.
+            network = copy.deepcopy(tuned.base.model)
             network = PeftModel.from_pretrained(network, str(path / TAIL))
         loaded = PeftModel.from_pretrained(network, str(path)).eval()
         theirs = loaded(**given).logits.float()

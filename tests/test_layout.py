@@ -327,7 +327,7 @@ def test_the_wheel_holds_every_module_and_asset(wheel: Path) -> None:
         inside = package.replace(".", "/")
         for path in (ROOT / folder).rglob("*"):
             relative = path.relative_to(ROOT / folder)
-            code = path.suffix == ".py"
+            code = path.suffix in (".py", ".pyi")
             asset = relative.parts[0] == "assets" and path.suffix != ".pyc"
             experiment = relative.match("experiments/*.toml") and len(relative.parts) == 2
             if path.is_file() and (code or asset or experiment):

@@ -51,11 +51,11 @@ def gpt2(folder: Path, shared: Path, positions: int = 64) -> Path:
     return _save(GPT2LMHeadModel(config), folder, shared)
 
 
-def bert(folder: Path, shared: Path) -> Path:
+def bert(folder: Path, shared: Path, layers: int = 2) -> Path:
     """Save a random BERT without a head."""
     torch.manual_seed(2)
     config = BertConfig(
-        vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=512, hidden_size=32, num_hidden_layers=layers, num_attention_heads=2,
         intermediate_size=64, max_position_embeddings=64, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0, pad_token_id=0,
     )  # fmt: skip

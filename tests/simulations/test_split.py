@@ -13,6 +13,7 @@ from fedtune.errors import FedtuneError
 from fedtune.server.run_folder import RunFolder
 from fedtune.server.tuned import load_tuned
 from tests.simulations.apps import run_here, settings
+from tests.tiny import bert
 
 
 def split(folder: Path, shared: Path, **changes: Any) -> Config:
@@ -203,3 +204,25 @@ def test_what_is_promised_counts_every_parameter(tmp_path: Path, shared: Path) -
 
     config = split(tmp_path, shared, **(PLAIN | EXAMPLE))
     assert released(config, 1000, Unit.EXAMPLE) == 1000
+
+
+def test_checking_the_result_leaves_the_base_as_it_is(tmp_path: Path, shared: Path) -> None:
+    """A second run in the same process must not find the first one's head in its base."""
+    from fedtune.models import load_base
+
+    rows = [
+        {"client": f"owner-{n % 2}", "text": f"Tom saw {n} birds.", "label": "ab"[n % 2]}
+        for n in range(16)
+    ]
+    tmp_path.joinpath("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = split(
+        tmp_path, shared, model__base=str(bert(tmp_path / "bert", shared, layers=3)),
+        model__task="classification", model__pooling="mean", data__kind="classification",
+        data__labels=["a", "b"], data__pack=True, tuning__rank=2,
+    )  # fmt: skip
+    given = (config.model, ("a", "b"), config.seed, config.data.template)
+    before = {name: value.clone() for name, value in load_base(*given).model.named_parameters()}
+    run = run_here(config)
+    assert run.status()["adapter_difference"] < 1e-4
+    for name, value in load_base(*given).model.named_parameters():
+        assert value.equal(before[name]), name
