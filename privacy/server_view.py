@@ -33,7 +33,7 @@ __all__ = ["Crossing", "ServerView", "crossing_of", "server_view"]
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 _OPEN = (
-    "The server that runs the body can reconstruct the text and the labels' gradients; "
+    "The server that runs the body can reconstruct the text, and labels from gradients; "
     "nothing is promised against it."
 )
 _AUDIT = "'fedtune audit --attack inversion' shows what comes back of the text."
@@ -182,7 +182,7 @@ def server_view(crossing: Crossing) -> ServerView:
     --------
     >>> sent = {"forwards": 1, "gradients": 1, "records": 200, "examples": 100, "delta": 1e-5}
     >>> print(server_view(Crossing(**sent)).statement)
-    The server that runs the body can reconstruct the text and the labels' gradients; nothing \
+    The server that runs the body can reconstruct the text, and labels from gradients; nothing \
 is promised against it.
     >>> view = server_view(Crossing(noise=30.0, **sent))
     >>> view.unit.value, view.releases, round(view.epsilon, 2)

@@ -53,9 +53,10 @@ ARMS = (
     Arm("random-no-local", "random pruning, without the local loss", _SPLIT,
         {"prune": "random", "local_epochs": 0.0}, {}),
     Arm("no-prompts", "without prompts: the tail alone", _SPLIT | {"adapter": "lora"}, {}, {}),
-    Arm("whole-full", "FedAvg of the whole model", _WHOLE | {"adapter": "full"}, {}, {}),
+    Arm("whole-full", "FedAvg of the whole model", _WHOLE | {"adapter": "full"}, {},
+        {"sst2": 3e-4, "shakespeare": 3e-3}),
     Arm("whole-prompt", "FedAvg of prompts, whole model at the client",
-        _WHOLE | {"adapter": "prompt"}, {}, {}),
+        _WHOLE | {"adapter": "prompt"}, {}, {"shakespeare": 5e-2}),
     Arm("whole-lora", "FedAvg of LoRA, whole model at the client",
         _WHOLE | {"adapter": "lora"}, {}, {}),
 )  # fmt: skip
@@ -74,7 +75,7 @@ def settings(arm: Arm, data: str, seed: int, out: Path, body: str = "local") -> 
         tuning["split"] |= arm.split
     if data in arm.rates:
         tuning["lr"] = arm.rates[data]
-    if arm.tuning["adapter"] == "prompt" if "adapter" in arm.tuning else False:
+    if arm.tuning.get("adapter") == "prompt":
         tuning["options"] = {"prompt_tuning_init": "SAMPLE_VOCAB"}
     table |= {"tuning": tuning, "seed": seed, "name": f"{data}-{arm.name}-{seed}"}
     table["engine"] |= {"workers": 1, "executor": "processes", "body": body}

@@ -248,8 +248,12 @@ def test_no_statement_is_no_promise(signer: Signer) -> None:
     assert summary(report)["differential_privacy"] is False
     assert "without differential privacy" in card_lines(report)[0]
     text = plain(as_html(sealed(report, signer), signer))
-    assert "Trained without differential privacy" in text[: text.index("The guarantee")]
-    as_markdown(sealed(report, signer))
+    assert "Trained without differential privacy" in text[: text.index("The mechanism that ran")]
+    # Nothing stands there that reads as if something were bounded or covered.
+    markdown = as_markdown(sealed(report, signer)).decode()
+    for heading in ("The guarantee", "Epsilon over rounds", "Covered:", "Recompute it"):
+        assert heading not in markdown
+        assert heading.rstrip(":") not in text.replace("Not covered", "")
     as_pdf(sealed(report, signer))
 
 

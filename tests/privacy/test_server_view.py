@@ -27,7 +27,7 @@ from fedtune.server.tuned import load_tuned
 from tests.privacy import report_runs as runs
 from tests.split.test_noise import exact
 
-OPEN = "The server that runs the body can reconstruct the text and the labels' gradients"
+OPEN = "The server that runs the body can reconstruct the text, and labels from gradients"
 SENT = {"forwards": 3, "gradients": 3, "records": 600, "examples": 100, "delta": 1e-5}
 
 
