@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -379,7 +380,9 @@ class Worker:
             examples=counts.examples, tensors={"confusion": counts.confusion},
         )  # fmt: skip
 
-    def _load(self, task: Task, index: int, what: str = "t") -> tuple[nn.Module, Link | None]:
+    def _load(
+        self, task: Task, index: int, what: Literal["t", "e"] = "t"
+    ) -> tuple[nn.Module, Link | None]:
         """Return this thread's model with a task's parameters, and its link to the body."""
         model = self._model()
         adapter, residual = split(task.tensors)
@@ -387,8 +390,7 @@ class Worker:
         write(model, adapter)
         if self.across is None:
             return model, None
-        step = f"{what}{task.round}.{task.attempt}"
-        link = self.across.connect(model, index, task.job, step)
+        link = self.across.connect(model, index, task, what)
         link.take()
         return model, link
 

@@ -251,6 +251,7 @@ def _remember(unit: Unit, crossing: Crossing) -> tuple[str, ...]:
     if crossing.held_out:
         found.append("Held-out text that clients evaluate goes through the cut too, and is not "
                      "counted.")  # fmt: skip
+    found.append("It is of this run: other runs on the same text add to it, and are not counted.")
     found.append("The bound of the released model is for other readers; the two are not added. A "
                  "server that also collects the clients' updates sees these too.")  # fmt: skip
     return tuple(found)

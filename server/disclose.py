@@ -31,6 +31,7 @@ from fedtune.privacy.facts import (
 )
 from fedtune.privacy.lattice import grid_of
 from fedtune.privacy.ledger import open_ledger
+from fedtune.privacy.noise import KeyedNoise
 from fedtune.privacy.plan import Promise, dataset_name, ledger_place, noise_source, promises
 from fedtune.privacy.report import build, card_lines, summary
 from fedtune.privacy.report_ledger import read_extract
@@ -109,7 +110,8 @@ def _crossing(config: Config, folder: RunFolder, rounds: int) -> Crossing:
     """Return the most that went through the cut; where counts are private, by nominal ones."""
     source = noise_source(config)
     examples = max((int(row.get("examples") or 0) for row in folder.client_rows()), default=0)
-    return crossing_of(config, rounds, examples, source=source.name, secure=source.secure)
+    name = KeyedNoise.name if source.secure else source.name
+    return crossing_of(config, rounds, examples, source=name, secure=source.secure)
 
 
 def _rounds(folder: RunFolder) -> int:

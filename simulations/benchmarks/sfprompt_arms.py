@@ -56,9 +56,10 @@ ARMS = (
     Arm("whole-full", "FedAvg of the whole model", _WHOLE | {"adapter": "full"}, {},
         {"sst2": 3e-4, "shakespeare": 3e-3}),
     Arm("whole-prompt", "FedAvg of prompts, whole model at the client",
-        _WHOLE | {"adapter": "prompt"}, {}, {"shakespeare": 5e-2}),
+        _WHOLE | {"adapter": "prompt"}, {},
+        {"sst2": 2e-2, "shakespeare": 5e-2}),
     Arm("whole-lora", "FedAvg of LoRA, whole model at the client",
-        _WHOLE | {"adapter": "lora"}, {}, {}),
+        _WHOLE | {"adapter": "lora"}, {}, {"sst2": 5e-3}),
 )  # fmt: skip
 
 

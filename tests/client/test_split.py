@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,21 +11,23 @@ import pytest
 import torch
 
 from fedtune.adapters import attach, read, trainable
-from fedtune.client.across import Noisy
+from fedtune.client.across import Across, Noisy
 from fedtune.client.backprop import optimizer, tune
 from fedtune.client.remote import connect, keep_ends, remote_of
 from fedtune.client.split import bypassed, el2n, kept_of, only, tune_split
-from fedtune.config import SplitConfig, TuningConfig
+from fedtune.config import Config, SplitConfig, TuningConfig
 from fedtune.data import Encoded
 from fedtune.errors import FedtuneError
 from fedtune.models import Base
-from fedtune.privacy.noise import InsecureSeededNoise
 from fedtune.server.body import Body
 from fedtune.split.blocks import cut_of
+from fedtune.wire import Task
 from tests.split.joined import Here
 from tests.split.zoo import make
 
 torch.set_num_threads(1)
+
+SECRET = bytes(range(32))
 
 
 def texts(count: int = 12, seed: int = 0) -> Encoded:
@@ -165,7 +168,7 @@ def test_noise_is_drawn_once_for_each_release() -> None:
     model, link = client(settings())
     remote = remote_of(model)
     assert remote is not None
-    remote.link = Noisy(link, clip=1.0, z=0.5, source=InsecureSeededNoise(1))
+    remote.link = Noisy(link, 1.0, 0.5, SECRET)
     ids = torch.randint(3, 97, (2, 6), generator=torch.Generator().manual_seed(0))
     model(input_ids=ids, labels=ids).loss.backward()
     (_, (sent, _, _)), (_, (grad, _, _)) = link.calls
@@ -173,13 +176,68 @@ def test_noise_is_drawn_once_for_each_release() -> None:
     # Two records of (3 + 6) x 32 numbers: a norm of at most 1, and noise of 0.5 on each.
     assert sent.std() == pytest.approx(0.5, rel=0.15)
     assert grad.std() == pytest.approx(0.5, rel=0.15)
+    # Asked for again after a crash, it is the same release; of another text it is not.
+    model(input_ids=ids, labels=ids).loss.backward()
+    (_, (again, _, _)), (_, (grad_again, _, _)) = link.calls[2:]
+    assert torch.equal(again, sent)
+    assert torch.equal(grad_again, grad)
+    other = ids.clone()
+    other[0, -1] = 5
+    model(input_ids=other, labels=other)
+    moved = link.calls[4][1][0]
+    assert torch.equal(moved[1], sent[1])
+    assert not torch.isclose(moved[0], sent[0]).any()
+
+
+def test_padding_has_no_part_in_the_noise() -> None:
+    model, link = client(settings(adapter="lora"))
+    remote = remote_of(model)
+    assert remote is not None
+    remote.link = Noisy(link, 1.0, 0.5, SECRET)
+    ids = torch.randint(3, 97, (2, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+    sent = link.calls[0][1][0]
+    assert not sent[0, 4:].any()
+    assert sent[0, :4].all()
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_round_is_released_from_one_set_of_parameters(tmp_path: Path, folder: bool) -> None:
+    """A server that asks for the same round again and again gets the same records, or none."""
+    config = Config.model_validate(
+        {"tuning": settings(split={"noise": 1.0}).model_dump(), "federation": {"rounds": 2}}
+    )
+    base = Base(torch.nn.Identity(), None, 0)
+
+    def across() -> Across:
+        home = tmp_path if folder else None
+        return Across(config, base, cut_of(make("Llama"), 1, 1), "", "", home)
+
+    task = Task(1, 0, 0, 0.1, {"a": np.ones(3, np.float32)}, "job")
+    one = across()
+    one._require_first(0, task)
+    one._require_first(0, replace(task, attempt=1))
+    one._require_first(1, replace(task, tensors={"a": np.zeros(3, np.float32)}))
+    one._require_first(0, replace(task, round=2, lr=0.2))
+    later = across() if folder else one
+    for odd in (
+        replace(task, tensors={"a": np.zeros(3, np.float32)}),
+        replace(task, lr=0.2),
+        replace(task, round=3),
+    ):
+        with pytest.raises(FedtuneError, match="answered before"):
+            later._require_first(0, odd)
+    later._require_first(0, task)
 
 
 def test_nothing_is_generated_through_noise() -> None:
     model, link = client(settings(adapter="lora"))
     remote = remote_of(model)
     assert remote is not None
-    remote.link = Noisy(link, clip=1.0, z=0.5, source=InsecureSeededNoise(1))
+    remote.link = Noisy(link, 1.0, 0.5, SECRET)
     with pytest.raises(FedtuneError, match="noise"):
         model.generate(  # type: ignore[operator]
             input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=3, use_cache=True, pad_token_id=0

@@ -266,7 +266,7 @@ def test_a_split_run_without_a_promise_still_has_a_report(
     disclose(tuned, folder)
     facts = Facts.model_validate_json((folder.path / "privacy_facts.json").read_bytes())
     assert facts.crossing == crossing_of(
-        settings, 1, 7, source="os-entropy-aes256-ctr", secure=True
+        settings, 1, 7, source="secret-key-aes256-ctr", secure=True
     )
     assert facts.metrics == "not-private"
     machine, told = statement_of(folder)
