@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import secrets
 import threading
 from collections.abc import Callable, Sequence
@@ -18,16 +17,16 @@ from fedtune.client.body_link import Caller, Link, LinkSettings, open_link
 from fedtune.client.remote import BodyLink, ends, keep_ends, remote_of
 from fedtune.config import Config
 from fedtune.errors import ExitCode, FedtuneError
-from fedtune.files import write_atomic, write_json
+from fedtune.files import write_atomic
 from fedtune.models import Base, load_base, share
 from fedtune.privacy.cut_noise import noised
-from fedtune.privacy.noise import KeyedNoise
-from fedtune.seeds import derive
+from fedtune.privacy.noise import NoiseSource
+from fedtune.privacy.plan import noise_source
 from fedtune.split.blocks import Cut, cut_of
 from fedtune.split.calls import Service
 from fedtune.split.parts import ends_digest
 from fedtune.split.rows import Rows
-from fedtune.wire import Task, pack_tensors
+from fedtune.wire import Task
 
 __all__ = ["Across", "Noisy", "open_across"]
 
@@ -52,7 +51,7 @@ class Across:
     folder: Path | None = None
     _links: threading.local = field(init=False, default_factory=threading.local)
     _secrets: dict[int, bytes] = field(init=False, default_factory=dict)
-    _rounds: dict[int, dict[str, str]] = field(init=False, default_factory=dict)
+    _token: str = field(init=False, default_factory=lambda: secrets.token_hex(4))
 
     def connect(self, model: nn.Module, client: int, task: Task, what: Literal["t", "e"]) -> Link:
         """Point a thread's model to the body, as client number ``client``.
@@ -60,31 +59,23 @@ class Across:
         Parameters
         ----------
         what : {"t", "e"}
-            Training or evaluation: begins the names of this task's calls, so that the same
-            task gives the same names.
-
-        Raises
-        ------
-        FedtuneError
-            Noised records of this round were released before, from other parameters: they
-            would be more releases than the run accounts for.
+            Training or evaluation: begins the names of this task's calls.
         """
         config, remote, job = self.config, remote_of(model), task.job
-        step = f"{what}{task.round}.{task.attempt}"
+        # A process that begins a round again makes calls of its own.
+        step = f"{what}{task.round}.{task.attempt}.{self._token}"
         if remote is None:
             raise FedtuneError("this model is whole: nothing to connect", code=ExitCode.MODEL)
         link = self._link(client, job)
         split = config.tuning.split
         remote.link = link
         if split.noise:
-            if what == "t":
-                self._require_first(client, task)
-            secure = not config.privacy.insecure_seeded_noise
-            secret = self._secret(client) if secure else _of_seed(config.seed, client)
-            remote.link = Noisy(link, split.clip, split.noise, secret, secure=secure)
+            source = noise_source(config, "cut", client, step)
+            remote.link = Noisy(link, split.clip, split.noise, source)
         once = split.release == "once"
-        secret = self._secret(client) if once else b""
+        secret = self._secret(client, "names") if once else b""
         remote.begin(step, secret=secret, fresh=self._prompts())
+        remote.total = config.privacy.example is not None
         return link
 
     def _link(self, client: int, job: str) -> Link:
@@ -97,38 +88,30 @@ class Across:
                 root=Path(engine.body_root) if engine.body_root else None,
             )  # fmt: skip
             if split.release == "once":
-                settings = replace(settings, secret=self._secret(client))
+                settings = replace(settings, secret=self._secret(client, "held"))
             key = Path(engine.body_key) if engine.body_key else None
             who = Caller(job or "run", f"client-{client}", self.digest, self.cut, key)
             links[client, job] = open_link(self.target, who, settings)
         return links[client, job]
 
-    def _require_first(self, client: int, task: Task) -> None:
-        """Write down what a round's records are made from, before the first is sent."""
-        digest = hashlib.sha256(pack_tensors(task.tensors) + repr(task.lr).encode()).hexdigest()
-        name, most = f"{task.job} {task.round}", self.config.federation.rounds
-        home = self.folder / f"{client:06d}" / "cut-rounds.json" if self.folder else None
-        if home is not None and client not in self._rounds:
-            self._rounds[client] = json.loads(home.read_bytes()) if home.exists() else {}
-        known = self._rounds.setdefault(client, {})
-        if known.get(name, digest) != digest or not 1 <= task.round <= most:
-            raise FedtuneError(
-                f"round {task.round} of {most} was answered before, from other parameters",
-                hint="begin a new run: what this one sends at the cut is accounted once a round",
-                code=ExitCode.PRIVACY,
-            )
-        known[name] = digest
-        if home is not None:
-            write_json(home, known)
+    def _secret(self, client: int, purpose: str) -> bytes:
+        """Return 32 bytes of a client's own for one purpose; the others do not follow from it.
 
-    def _secret(self, client: int) -> bytes:
-        """Return what this client's examples are named and held under; it stays here."""
+        What examples are named under never leaves; what they are held under goes with calls.
+        """
         if client not in self._secrets:
             home = self.folder / f"{client:06d}" / "cut.key" if self.folder else None
             if home is not None and not home.exists():
                 write_atomic(home, secrets.token_bytes(32))
-            self._secrets[client] = home.read_bytes() if home else secrets.token_bytes(32)
-        return self._secrets[client]
+            found = home.read_bytes() if home else secrets.token_bytes(32)
+            if len(found) != 32:
+                raise FedtuneError(
+                    f"'{home}' has {len(found)} bytes, not 32",
+                    hint="remove it: examples are then sent once more",
+                    code=ExitCode.STORAGE,
+                )
+            self._secrets[client] = found
+        return hashlib.blake2b(purpose.encode(), digest_size=32, key=self._secrets[client]).digest()
 
     def _prompts(self) -> int:
         tuning = self.config.tuning
@@ -176,47 +159,32 @@ def open_across(
 class Noisy:
     """A link that clips and noises what leaves, example by example.
 
-    What is released again is the same release: the noise belongs to a secret and to what it
-    is added to (``KeyedNoise``). The gradient goes through the noise as if it were not there.
-
-    Parameters
-    ----------
-    secret : bytes
-        32 bytes that stay with the client, over restarts.
-    secure : bool
-        False where a seed gave them.
+    No bound is claimed for it (``privacy.server_view``). A repeated call sends the same
+    numbers. The gradient goes through the noise as if it were not there.
     """
 
-    def __init__(
-        self, link: BodyLink, clip: float, z: float, secret: bytes, *, secure: bool = True
-    ) -> None:
+    def __init__(self, link: BodyLink, clip: float, z: float, source: NoiseSource) -> None:
         self.link = link
-        self._clip, self._z = clip, z
-        self._secret, self._secure = secret, secure
+        self._law: tuple[float, float, NoiseSource] = (clip, z, source)
+        self._sent: dict[str, torch.Tensor] = {}
 
     def forward(
         self, hidden: torch.Tensor, rows: Rows, deep: torch.Tensor | None, step: str, *, grad: bool
     ) -> torch.Tensor:
         """Send a noised hidden state; see ``BodyLink``."""
-        return self.link.forward(self._noised("hidden", hidden, rows), rows, deep, step, grad=grad)
+        sent = noised(hidden, _within(rows), *self._law).to(hidden.device)
+        if grad:
+            self._sent[step] = sent
+        return self.link.forward(sent, rows, deep, step, grad=grad)
 
     def backward(
         self, hidden: torch.Tensor, rows: Rows, deep: torch.Tensor | None, grad: torch.Tensor,
         step: str,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """Send a noised gradient; see ``BodyLink``."""
-        sent, returned = self._noised("hidden", hidden, rows), self._noised("gradient", grad, rows)
+        sent = self._sent.pop(step)
+        returned = noised(grad, _within(rows), *self._law).to(grad.device)
         return self.link.backward(sent, rows, deep, returned, step)
-
-    def _noised(self, what: str, values: torch.Tensor, rows: Rows) -> torch.Tensor:
-        found = torch.zeros_like(values, dtype=torch.float32)
-        spans = _within(rows) or [(0, rows.length)] * rows.batch
-        for row, (start, end) in enumerate(spans):
-            one = values[row : row + 1, start:end].detach().float().cpu().contiguous()
-            content = what.encode() + one.numpy().tobytes()
-            source = KeyedNoise(self._secret, content, self._secure)
-            found[row, start:end] = noised(one, None, self._clip, self._z, source)[0]
-        return found
 
     def go_on(self, session: str, hidden: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Refuse: every new token would be one more release of all before it."""
@@ -225,11 +193,6 @@ class Noisy:
             hint="generate with the adapter on the whole model",
             code=ExitCode.PRIVACY,
         )
-
-
-def _of_seed(seed: int, client: int) -> bytes:
-    """Return a secret that is none, for repeating an experiment."""
-    return derive(seed, "insecure-cut", client).to_bytes(32, "little")
 
 
 def _within(rows: Rows) -> Sequence[tuple[int, int]] | None:

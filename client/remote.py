@@ -86,6 +86,9 @@ class Remote(nn.Module):
         self.outputs = outputs
         self.link = None
         self.bypass = False
+        self.total = False
+        """Under a promise about examples: one that is not finite counts as zero, and says nothing
+        to the others."""
         self.step = 0
         self.name = uuid.uuid4().hex
         self._rows: Rows | None = None
@@ -182,7 +185,7 @@ class Remote(nn.Module):
         elif torch.is_grad_enabled() and any(
             value is not None and value.requires_grad for value in (hidden_states, deep)
         ):
-            out = _through(hidden_states, deep, link, rows, step)
+            out = _through(hidden_states, deep, _Total(link) if self.total else link, rows, step)
         else:
             out = link.forward(hidden_states.detach(), rows, deep, step, grad=False)
         if deep is None:
@@ -239,6 +242,49 @@ def _through(
 ) -> torch.Tensor:
     apply: Any = _Through.apply
     return apply(hidden, deep, link, rows, step)  # type: ignore[no-any-return]
+
+
+class _Total:
+    """A link for promises about examples: what is not finite does not travel, and stops no other.
+
+    An example with a NaN or an infinity is sent as zeros; here it stays not finite, so that
+    per-example clipping counts it as zero.
+    """
+
+    def __init__(self, link: BodyLink) -> None:
+        self._link = link
+
+    def forward(
+        self, hidden: torch.Tensor, rows: Rows, deep: torch.Tensor | None, step: str, *, grad: bool
+    ) -> torch.Tensor:
+        bad = _odd(hidden)
+        out = self._link.forward(_without(hidden, bad), rows, deep, step, grad=grad)
+        out[bad] = float("nan")
+        return out
+
+    def backward(
+        self, hidden: torch.Tensor, rows: Rows, deep: torch.Tensor | None, grad: torch.Tensor,
+        step: str,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        bad, odd = _odd(hidden), _odd(grad)
+        sent = _without(hidden, bad)
+        found, at_deep = self._link.backward(sent, rows, deep, _without(grad, odd), step)
+        found[bad | odd] = float("nan")
+        if at_deep is not None:
+            at_deep[:, bad | odd] = float("nan")
+        return found, at_deep
+
+    def go_on(self, session: str, hidden: torch.Tensor, rows: Rows) -> torch.Tensor:
+        return self._link.go_on(session, hidden, rows)
+
+
+def _odd(values: torch.Tensor) -> torch.Tensor:
+    """Say which rows of (B, T, d) hold a NaN or an infinity, shape (B,)."""
+    return ~values.detach().isfinite().flatten(1).all(1)
+
+
+def _without(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return values.detach().masked_fill(rows[:, None, None], 0.0) if rows.any() else values.detach()
 
 
 class _Through(torch.autograd.Function):

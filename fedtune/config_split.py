@@ -11,6 +11,14 @@ __all__ = ["SplitConfig"]
 _STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
+_NEEDS = {
+    "keep": "a threshold keeps whoever reaches it; set keep=1",
+    "rank": "it is for codec='lowrank'",
+    "clip": "it is for noise above 0",
+    "local_lr": "it is for local_epochs above 0",
+}
+
+
 class SplitConfig(BaseModel):
     """Split tuning (SFPrompt, Cao et al. 2024): the client has both ends, the server the body."""
 
@@ -52,6 +60,23 @@ class SplitConfig(BaseModel):
     def _fits(self) -> SplitConfig:
         if self.threshold and self.prune != "el2n":
             raise ValueError("tuning.split.threshold is a score: it needs prune='el2n'")
+        default = SplitConfig.model_fields
+        ignored = {
+            "keep": self.threshold > 0 and self.keep != 1,
+            "rank": self.codec != "lowrank" and self.rank != default["rank"].default,
+            "clip": not self.noise and self.clip != default["clip"].default,
+            "local_lr": not self.local_epochs and self.local_lr > 0,
+        }
+        if wrong := [name for name, nothing in ignored.items() if nothing]:
+            raise ValueError(
+                f"tuning.split.{wrong[0]}={getattr(self, wrong[0]):g} would do nothing: "
+                f"{_NEEDS[wrong[0]]}"
+            )
+        if self.release == "once" and self.noise:
+            raise ValueError(
+                "tuning.split.noise with release='once': an example that is sent again, after a "
+                "restart or when the server lost it, would have other noise; set release='each'"
+            )
         if self.release == "once" and self.adapt == "ends":
             raise ValueError(
                 "tuning.split.release='once' needs a head that stays as it is: set adapt='tail'"

@@ -25,6 +25,13 @@ SEED_METHODS = ("fedkseed", "fedkseed-pro", "seedpool")
 _ACROSS = ("sfprompt", "prompt", "lora", "lora-frozen-a", "p-tuning-v2", "prefix")
 """Adapters whose parameters are all the client's when the model is cut."""
 
+_PLACES = frozenset(
+    {"target_modules", "exclude_modules", "modules_to_save", "layers_to_transform",
+     "layers_pattern", "layer_replication", "trainable_token_indices", "target_parameters",
+     "rank_pattern", "alpha_pattern"}
+)  # fmt: skip
+"""Options of peft that say where an adapter goes."""
+
 
 class ProbeConfig(BaseModel):
     """How forward passes estimate a gradient (``mezo`` and the seed methods)."""
@@ -199,10 +206,15 @@ class TuningConfig(BaseModel):
                 f"tuning.adapter='{self.adapter}' has parameters in the server's part: with "
                 f"method='sfprompt' use one of {', '.join(_ACROSS)}"
             )
-        if split.release == "once" and split.noise and self.adapter in ("sfprompt", "prompt"):
+        if outside := sorted(_PLACES & self.options.keys()):
             raise ValueError(
-                "tuning.split.noise with release='once' is for what never changes: prompts would "
-                "be released anew in every step; set release='each', or tuning.adapter='lora'"
+                f"tuning.options.{outside[0]} could reach the server's part: with "
+                "method='sfprompt' the place of an adapter is tuning.split.adapt, and "
+                "tuning.targets within it"
+            )
+        if split.adapt == "ends" and self.adapter not in ("lora", "lora-frozen-a", "sfprompt"):
+            raise ValueError(
+                f"tuning.split.adapt='ends' does nothing with tuning.adapter='{self.adapter}'"
             )
         if split.release == "once" and self.adapter in ("p-tuning-v2", "prefix"):
             raise ValueError("tuning.split.release='once' cannot hold what prefixes change")

@@ -25,7 +25,7 @@ from fedtune.privacy.events import Event, Gaussian, Relation
 from fedtune.privacy.lattice import clip_update, grid_of, require_clip
 from fedtune.privacy.noise import NoiseSource
 
-__all__ = ["cut_event", "noised", "server_view_epsilon"]
+__all__ = ["cut_event", "noised", "record_epsilon"]
 
 Spans = Sequence[tuple[int, int]]
 
@@ -98,34 +98,26 @@ def cut_event(z: float) -> Event:
     return Gaussian(z / 2)
 
 
-def server_view_epsilon(z: float, releases: int, delta: float) -> float:
-    """Return epsilon for one example of so many noised records, against their reader.
+def record_epsilon(z: float, delta: float) -> float:
+    """Return epsilon of one noised record taken alone, for replacing its example.
 
-    Replace-one: two data sets that differ in what one example says, at the same length. It is
-    the example's own only where nothing else that is sent was learnt from it; see
-    ``server_view``. As zero-concentrated privacy it is rho = 2 releases / z^2
-    (Bun and Steinke 2016, proposition 1.6), which gives 8.0 for the first number below; the
-    accountant's is smaller, since it is exact for Gaussians.
+    It says how much noise that is. A run sends more, and records that depend on other examples:
+    nothing follows for a run (see ``server_view``). As zero-concentrated privacy it is
+    rho = 2 / z^2 (Bun and Steinke 2016, proposition 1.6), which gives 8.0 for the number below;
+    the accountant's is smaller, since it is exact for Gaussians.
 
     Parameters
     ----------
     z : float
         Noise multiplier, over the clip norm.
-    releases : int
-        Records of the example, hidden states and gradients together.
     delta : float
 
     Examples
     --------
-    >>> [round(server_view_epsilon(1.38, n, 1e-5), 2) for n in (1, 3, 10)]
-    [6.77, 13.28, 29.34]
+    >>> round(record_epsilon(1.38, 1e-5), 2)
+    6.77
     """
-    if isinstance(releases, bool) or releases < 0:
-        raise _refuse(f"releases={releases!r}", "use 0 or more")
-    if releases == 0:
-        return 0.0
-    charges = {cut_event(z): releases}
-    return accounting.spent(charges, delta, Relation.REPLACE_SPECIAL).epsilon
+    return accounting.spent({cut_event(z): 1}, delta, Relation.REPLACE_SPECIAL).epsilon
 
 
 def _positive(z: float) -> None:

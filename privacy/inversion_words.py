@@ -74,9 +74,8 @@ class Level:
     ----------
     z : float
         Noise multiplier: standard deviation over clip norm. 0 is neither noise nor clipping.
-    epsilon_release, epsilon_run : float or None
-        Against the server: of one release of an example's record, and of all that the
-        experiment makes of it. None: no bound.
+    epsilon_record : float or None
+        Of one record taken alone: how much noise it is, and no promise. None: no noise.
     tokens : mapping of str to Share
         Tokens recovered, by attack.
     rows : Share
@@ -88,8 +87,7 @@ class Level:
     """
 
     z: float
-    epsilon_release: float | None
-    epsilon_run: float | None
+    epsilon_record: float | None
     tokens: Mapping[str, Share]
     rows: Share
     labels: Mapping[str, Share]
@@ -121,8 +119,6 @@ class Finding:
     clip, clip_gradient : float
         Largest L2 norm of an example's record, where there is noise.
     delta : float
-    releases : int
-        Of one example's records in the whole experiment.
     chance : float
         Share of the most frequent token among those attacked.
     chance_label : float or None
@@ -145,7 +141,6 @@ class Finding:
     clip: float
     clip_gradient: float
     delta: float
-    releases: int
     chance: float
     chance_label: float | None
     best_guess: Mapping[str, float]
@@ -239,8 +234,7 @@ def _verdict(found: Finding) -> list[str]:
         said = [
             f"With noise z = {first.z:g} the attacks recovered {_percent(first.best.rate)} of the "
             f"tokens, and the {word} was {first.quality[key]:.3f} ({base:.3f} without noise).",
-            "That is what these attacks could do, not what is promised: the promise is epsilon "
-            f"{_epsilon(first.epsilon_release)} for one release.",
+            "That is what these attacks could do; nothing is promised.",
         ]
     else:
         said = ["None of the noise that was tried both keeps the model useful and hides the text."]
@@ -256,9 +250,6 @@ def _verdict(found: Finding) -> list[str]:
                 f"The least that hides half of them, z = {least.z:g}, takes the {word} from "
                 f"{base:.3f} to {least.quality[key]:.3f}."
             )
-    promised = [one for one in noisy if (one.epsilon_release or math.inf) <= 10]
-    if not promised:
-        said.append("None of it comes with an epsilon of 10 or less even for one release.")
     return said
 
 
@@ -279,11 +270,11 @@ def _table(found: Finding) -> list[str]:
     """Return the attack that was best at each level, and below it all of them."""
     measured = list(found.levels[0].quality)
     labelled = any(one.labels for one in found.levels)
-    head = ["noise z", "eps, one release", f"eps, all {found.releases}", "tokens recovered"]
+    head = ["noise z", "eps of one record", "tokens recovered"]
     head += ["whole rows", *(["labels recovered"] if labelled else []), *measured]
     body = []
     for one in found.levels:
-        row = [f"{one.z:g}", _epsilon(one.epsilon_release), _epsilon(one.epsilon_run)]
+        row = [f"{one.z:g}", _epsilon(one.epsilon_record)]
         row += [_of(one.best), f"{one.rows.right} of {one.rows.of}"]
         if labelled:
             row.append(_of(one.best_labels) if one.best_labels else "-")

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from fedtune.errors import ExitCode, FedtuneError
 
-__all__ = ["InsecureSeededNoise", "KeyedNoise", "NoiseSource", "SecureNoise"]
+__all__ = ["InsecureSeededNoise", "NoiseSource", "SecureNoise"]
 
 BLOCK = 1 << 14  # 64-bit words at a time: input, output and uniforms stay in the cache
 KEY = 32  # bytes, AES-256
@@ -84,64 +84,6 @@ class SecureNoise:
     def integers(self, n: int, below: int) -> NDArray[np.int64]:
         """Return independent uniform integers in [0, below), shape (n,)."""
         return _integers(os.urandom(KEY), n, below)
-
-
-@dataclass(frozen=True)
-class KeyedNoise:
-    """The same numbers for the same secret and the same content: one release, made again.
-
-    What must be sent twice (a lost answer, a round after a crash) is then the same message,
-    and tells nothing new; another content has noise of its own. As safe as the secret.
-
-    Parameters
-    ----------
-    secret : bytes
-        32 bytes of the operating system's entropy that never leave.
-    content : bytes
-        All that the noise is added to.
-    secure : bool
-        False where the secret came from a seed.
-
-    Examples
-    --------
-    >>> one, same = KeyedNoise(bytes(32), b"text"), KeyedNoise(bytes(32), b"text")
-    >>> other = KeyedNoise(bytes(32), b"texts")
-    >>> a, b, c = one.normal(4), same.normal(4), other.normal(4)
-    >>> bool((a == b).all()), bool((a == c).any()), bool((a == one.normal(4)).any())
-    (True, False, False)
-    """
-
-    secret: bytes = field(repr=False)
-    content: bytes = field(repr=False)
-    secure: bool = True
-    name: str = field(default="secret-key-aes256-ctr", init=False)
-    _calls: Iterator[int] = field(
-        default_factory=itertools.count, init=False, repr=False, compare=False
-    )
-
-    def __post_init__(self) -> None:
-        if len(self.secret) != KEY:
-            raise FedtuneError(
-                f"a secret of {len(self.secret)} bytes",
-                hint=f"use {KEY} bytes of os.urandom",
-                code=ExitCode.PRIVACY,
-            )
-
-    def normal(self, n: int) -> NDArray[np.float64]:
-        """Return independent standard normal numbers, shape (n,)."""
-        return _normal(self._key(), n)
-
-    def uniform(self, n: int) -> NDArray[np.float64]:
-        """Return independent uniform numbers above 0 and below 1, shape (n,)."""
-        return _uniform(self._key(), n)
-
-    def integers(self, n: int, below: int) -> NDArray[np.int64]:
-        """Return independent uniform integers in [0, below), shape (n,)."""
-        return _integers(self._key(), n, below)
-
-    def _key(self) -> bytes:
-        salt = next(self._calls).to_bytes(8, "little")
-        return hashlib.blake2b(self.content, digest_size=KEY, key=self.secret, salt=salt).digest()
 
 
 @dataclass(frozen=True)

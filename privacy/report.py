@@ -221,7 +221,7 @@ def _notes(facts: Facts, chapters: Sequence[Chapter], view: ServerView | None) -
     dangers: list[str] = []
     cautions: list[str] = []
     if view is not None:
-        (cautions if view.differential_privacy else dangers).append(view.statement)
+        dangers.append(view.statement)
     if any(not (ran.noise.secure and ran.sampling.secure) for ran in facts.mechanisms):
         dangers.append(
             "Noise or coins of this run came from a seed. Whoever knows or guesses the seed can "

@@ -31,11 +31,10 @@ from fedtune.privacy.facts import (
 )
 from fedtune.privacy.lattice import grid_of
 from fedtune.privacy.ledger import open_ledger
-from fedtune.privacy.noise import KeyedNoise
 from fedtune.privacy.plan import Promise, dataset_name, ledger_place, noise_source, promises
 from fedtune.privacy.report import build, card_lines, summary
 from fedtune.privacy.report_ledger import read_extract
-from fedtune.privacy.server_view import Crossing, crossing_of
+from fedtune.privacy.server_view import crossing_of
 from fedtune.server.run_folder import RunFolder
 from fedtune.server.tuned import Tuned
 
@@ -102,16 +101,8 @@ def facts_of(tuned: Tuned, folder: RunFolder, ended: Ended = "finished") -> Fact
         warnings=("noise and coins came from the seed of the experiment: whoever knows it can "
                   "take the noise away",) if insecure else (),
         ledger=ledger_place(config) if config.privacy.on else "",
-        crossing=_crossing(config, folder, rounds) if config.tuning.cut else None,
+        crossing=crossing_of(config) if config.tuning.cut else None,
     )  # fmt: skip
-
-
-def _crossing(config: Config, folder: RunFolder, rounds: int) -> Crossing:
-    """Return the most that went through the cut; where counts are private, by nominal ones."""
-    source = noise_source(config)
-    examples = max((int(row.get("examples") or 0) for row in folder.client_rows()), default=0)
-    name = KeyedNoise.name if source.secure else source.name
-    return crossing_of(config, rounds, examples, source=name, secure=source.secure)
 
 
 def _rounds(folder: RunFolder) -> int:
@@ -213,7 +204,8 @@ def _not_covered(config: Config) -> tuple[Omission, ...]:
     found = [
         Omission(
             what="the choice of settings",
-            why="chosen by the operator; other runs on the same data are in the ledger",
+            why="chosen by the operator"
+            + ("; other runs on the same data are in the ledger" if config.privacy.on else ""),
         ),
     ]
     found.append(

@@ -97,7 +97,7 @@ def run_rounds(
         if tuned.weights is not None:
             state = begin(config, tuned.fingerprint, agreed_key(link, config, members, folder))
         row = {"round": 0, "memory_mb": memory_mb()} | _evaluated(
-            link, tuned, state, members, epochs
+            link, tuned, state, members, epochs, job
         )
         _commit(folder, config, state, row, [], watch)
     bounds = promises(config)
@@ -107,7 +107,7 @@ def run_rounds(
         state, done = _one_round(link, tuned, state, members, watch, asking)
         row = done.row | _bounds(bounds, state.round, central)
         if _is_due(state.round, config):
-            row |= _evaluated(link, tuned, state, members, epochs)
+            row |= _evaluated(link, tuned, state, members, epochs, job)
         row |= {"seconds": round(time.monotonic() - started, 3), "memory_mb": memory_mb()}
         _commit(folder, config, state, row, done.clients, watch)
     return state
@@ -396,7 +396,7 @@ def _is_due(number: int, config: Config) -> bool:
 
 
 def _evaluated(
-    link: Link, tuned: Tuned, state: State, members: tuple[Member, ...], epochs: Epochs
+    link: Link, tuned: Tuned, state: State, members: tuple[Member, ...], epochs: Epochs, job: str
 ) -> dict[str, Any]:
     """Measure a state: on the federation's held-out file, and on each client's own rows."""
     config = tuned.config
@@ -405,7 +405,7 @@ def _evaluated(
     found: dict[str, Any] = {}
     parts: dict[str, Counts] = {}
     if asked:
-        task = Task(state.round, 0, state.round, 0.0, {})
+        task = Task(state.round, 0, state.round, 0.0, {}, job)
         nodes = {member.node: member.client for member in asked}
         sizes, answers = ask_members(link, Evaluation, tuned, state, asked, task, epochs)
         found["bytes_evaluation"] = sum(sizes.values())

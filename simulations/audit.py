@@ -17,7 +17,7 @@ from fedtune.client.remote import connect
 from fedtune.config import Config
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.measure import measure, scores
-from fedtune.privacy.cut_noise import server_view_epsilon
+from fedtune.privacy.cut_noise import record_epsilon
 from fedtune.privacy.inversion_words import Finding, Level, Share
 from fedtune.privacy.inversion_words import share as share_of
 from fedtune.simulations.audit_attack import STRONG, labels_of, texts
@@ -93,8 +93,7 @@ def audit(
     split = config.tuning.split
     fixed = clip or (split.clip if split.noise else 0.0)
     clips = (fixed or record, fixed or back)
-    releases = _releases(config, bool(plain.wire.back), len(scene.rows.ids))
-    made = tuple(_level(scene, plain, z, clips, releases, delta, say) for z in levels)
+    made = tuple(_level(scene, plain, z, clips, delta, say) for z in levels)
     truth = scene.batch["labels"].numpy() if scene.labels else None
     kept = [int(t) for row in scene.rows.ids for t in row if int(t) not in scene.special]
     chance = Counter(kept).most_common(1)[0][1] / len(kept)
@@ -106,15 +105,14 @@ def audit(
         name=config.name, base=config.model.base, adapter=config.tuning.adapter,
         head=scene.cut.head, tail=scene.cut.tail, blocks=scene.cut.count,
         rows=len(scene.rows.ids), tokens=len(kept), clip=clips[0], clip_gradient=clips[1],
-        delta=delta, releases=releases, chance=chance,
+        delta=delta, chance=chance,
         chance_label=None if truth is None else float(np.bincount(truth).max() / len(truth)),
         best_guess=guess, levels=made, notes=_notes(scene, plain, clips, bool(fixed), steps),
     )  # fmt: skip
 
 
 def _level(
-    scene: Scene, plain: Caught, z: float, clips: tuple[float, float], releases: int,
-    delta: float, say: Say,
+    scene: Scene, plain: Caught, z: float, clips: tuple[float, float], delta: float, say: Say
 ) -> Level:  # fmt: skip
     """Attack and measure at one strength of noise."""
     say(f"attacking with noise z = {z:g} ..." if z else "attacking without noise ...")
@@ -129,8 +127,7 @@ def _level(
     strongest = max(shares, key=lambda name: shares[name][0].rate)
     return Level(
         z=z,
-        epsilon_release=server_view_epsilon(z, 1, delta) if z else None,
-        epsilon_run=server_view_epsilon(z, releases, delta) if z else None,
+        epsilon_record=record_epsilon(z, delta) if z else None,
         tokens={name: one for name, (one, _) in shares.items()},
         rows=shares[strongest][1],
         labels=labels_of(scene, caught) if scene.labels and caught.wire.back else {},
@@ -161,17 +158,6 @@ def _quality(scene: Scene, z: float, clips: tuple[float, float]) -> dict[str, fl
     return scores(counts)
 
 
-def _releases(config: Config, gradients: bool, examples: int) -> int:
-    """Return how often one example's records are sent in the whole experiment, at most."""
-    tuning = config.tuning
-    passes = math.ceil(tuning.epochs)
-    if tuning.steps:
-        drawn = tuning.steps * tuning.batch_size * tuning.accumulate
-        passes = math.ceil(drawn / max(1, examples))
-    times = passes * config.federation.rounds
-    return (1 if tuning.split.release == "once" and tuning.cut else times) + gradients * times
-
-
 def _notes(
     scene: Scene, plain: Caught, clips: tuple[float, float], fixed: bool, steps: int
 ) -> tuple[str, ...]:
@@ -180,8 +166,8 @@ def _notes(
         f"the clip norm, {clips[0]:.3g} for hidden states"
         + (f" and {clips[1]:.3g} for gradients" if plain.wire.back else "")
         + ("" if fixed else " (medians of these rows: not private, for this audit alone)"),
-        "epsilon counts one example's own records, replacing that example; it is valid only "
-        "while nothing before the cut was learnt from the client's rows without privacy",
+        "epsilon is of one record taken alone, which no run sends: it says how much noise that "
+        "is, and promises nothing",
         "what an attack here fails to recover is not safe: there may be better ones",
     ]
     if not plain.wire.back:

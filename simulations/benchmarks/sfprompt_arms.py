@@ -47,11 +47,11 @@ class Arm:
 
 ARMS = (
     Arm("sfprompt", "SFPrompt: local loss, EL2N 1/2, prompts and tail", _SPLIT, {}, {}),
-    Arm("no-local", "without the local loss", _SPLIT, {"local_epochs": 0.0}, {}),
+    Arm("no-local", "without the local loss", _SPLIT, {"local_epochs": 0.0, "local_lr": 0.0}, {}),
     Arm("no-pruning", "without pruning", _SPLIT, {"keep": 1.0}, {}),
     Arm("random", "random pruning to 1/2", _SPLIT, {"prune": "random"}, {}),
     Arm("random-no-local", "random pruning, without the local loss", _SPLIT,
-        {"prune": "random", "local_epochs": 0.0}, {}),
+        {"prune": "random", "local_epochs": 0.0, "local_lr": 0.0}, {}),
     Arm("no-prompts", "without prompts: the tail alone", _SPLIT | {"adapter": "lora"}, {}, {}),
     Arm("whole-full", "FedAvg of the whole model", _WHOLE | {"adapter": "full"}, {},
         {"sst2": 3e-4, "shakespeare": 3e-3}),
@@ -59,7 +59,7 @@ ARMS = (
         _WHOLE | {"adapter": "prompt"}, {},
         {"sst2": 2e-2, "shakespeare": 5e-2}),
     Arm("whole-lora", "FedAvg of LoRA, whole model at the client",
-        _WHOLE | {"adapter": "lora"}, {}, {"sst2": 5e-3}),
+        _WHOLE | {"adapter": "lora"}, {}, {"sst2": 3e-3}),
 )  # fmt: skip
 
 

@@ -219,13 +219,13 @@ def test_matching_names_clusters_and_makes_none_right() -> None:
 
 def level(z: float, right: int, accuracy: float, epsilon: float | None) -> Level:
     one = share([right], [100])
-    return Level(z, epsilon, epsilon, {"search": one}, share([right == 100], [1]), {},
+    return Level(z, epsilon, {"search": one}, share([right == 100], [1]), {},
                  {"loss": 1.0, "accuracy": accuracy})  # fmt: skip
 
 
 def finding(*levels: Level) -> Finding:
     return Finding(
-        "tiny", "a model", "prompt", 1, 1, 6, 1, 100, 1.0, 1.0, 1e-5, 10, 0.05, 0.5,
+        "tiny", "a model", "prompt", 1, 1, 6, 1, 100, 1.0, 1.0, 1e-5, 0.05, 0.5,
         {"accuracy": 0.5}, tuple(levels),
     )  # fmt: skip
 
@@ -234,7 +234,6 @@ def test_words_say_what_is_lost() -> None:
     said = "\n".join(lines(finding(level(0.0, 100, 0.9, None), level(0.1, 80, 0.6, 290.0))))
     assert "Without noise the server that runs the body can reconstruct the text: 100 %" in said
     assert "None of the noise that was tried both keeps the model useful and hides" in said
-    assert "epsilon of 10 or less" in said
 
 
 def test_words_admit_when_noise_helps() -> None:
@@ -250,7 +249,7 @@ def test_words_do_not_claim_a_success_that_is_guessing() -> None:
 
 
 def test_ninety_nine_and_a_bit_is_not_a_hundred() -> None:
-    all_but_one = Level(0.0, None, None, {"search": share([9999], [10000])}, share([0], [1]), {},
+    all_but_one = Level(0.0, None, {"search": share([9999], [10000])}, share([0], [1]), {},
                         {"loss": 1.0, "accuracy": 0.9})  # fmt: skip
     said = "\n".join(lines(finding(all_but_one)))
     assert "99.9 %" in said
@@ -270,4 +269,4 @@ def test_picture_and_json() -> None:
     assert draw(found).startswith(b"\x89PNG")
     made = to_json(found)
     assert made["levels"][1]["tokens"]["search"]["rate"] == 0.8
-    assert made["levels"][0]["epsilon_release"] is None
+    assert made["levels"][0]["epsilon_record"] is None

@@ -87,8 +87,9 @@ def test_without_a_body_it_says_where_one_is_to_be_named(tmp_path: Path, shared:
 @pytest.mark.parametrize("codec", ["bf16", "int8", "lowrank"])
 def test_codecs_send_less_and_still_learn(tmp_path: Path, shared: Path, codec: str) -> None:
     raw = run_here(split(tmp_path / "a", shared, **PLAIN))
+    rank = {"tuning__split__rank": 24} if codec == "lowrank" else {}
     packed = run_here(
-        split(tmp_path / "b", shared, **PLAIN, tuning__split__codec=codec, tuning__split__rank=24)
+        split(tmp_path / "b", shared, **PLAIN, tuning__split__codec=codec, **rank)
     )
     assert cut_bytes(packed) < 0.7 * cut_bytes(raw)
     first, last = raw.metrics()[0]["loss"], raw.metrics()[-1]["loss"]
@@ -146,6 +147,37 @@ EXAMPLE: dict[str, Any] = PRIVATE | {
                          "relation": "add-or-remove-one"},
     "privacy__insecure_seeded_noise": True,
 }  # fmt: skip
+
+
+def test_noise_is_on_what_leaves(tmp_path: Path, shared: Path) -> None:
+    """The client's real path, recorded where the body receives it."""
+    from fedtune.client.app import worker_for
+    from fedtune.server.body import Body
+    from fedtune.simulations.body import local_service
+    from fedtune.wire import Task
+
+    seen: list[float] = []
+    forward = Body.forward
+
+    def record(self: Body, hidden: Any, rows: Any, deep: Any = None) -> Any:
+        seen.append(float(hidden.norm()))
+        return forward(self, hidden, rows, deep)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Body, "forward", record)
+    try:
+        for noise in (0.0, 50.0):
+            config = split(tmp_path, shared, **PLAIN, tuning__split__noise=noise,
+                           privacy__insecure_seeded_noise=True)  # fmt: skip
+            worker = worker_for(config, None, local_service)
+            worker.train(0, Task(1, 0, 0, 0.01, load_tuned(config, ()).start().adapter, "job"))
+            seen.append(-1.0)
+    finally:
+        patch.undo()
+    plain, noisy = seen[: seen.index(-1.0)], seen[seen.index(-1.0) + 1 : -1]
+    assert len(plain) == len(noisy) > 0
+    # 4 x 35 positions of 64 numbers, each with a deviation of 50.
+    assert min(noisy) > 50 * (4 * 20 * 64) ** 0.5 > 10 * max(plain)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.95])

@@ -11,7 +11,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from fedtune.errors import FedtuneError
-from fedtune.privacy.cut_noise import noised, server_view_epsilon
+from fedtune.privacy.cut_noise import noised, record_epsilon
 from fedtune.privacy.noise import InsecureSeededNoise, SecureNoise
 
 TINY = 1e-12  # a noise multiplier whose noise rounds to nothing
@@ -105,9 +105,9 @@ def test_what_promises_nothing_is_refused(
         noised(normal(1, 3, 4), spans, clip, z, SecureNoise())
 
 
-def exact(z: float, releases: int, delta: float) -> float:
-    """Balle and Wang 2018, equation 6, for mu = 2 sqrt(n) / z."""
-    mu = 2 * math.sqrt(releases) / z
+def exact(z: float, delta: float) -> float:
+    """Balle and Wang 2018, equation 6, for mu = 2 / z."""
+    mu = 2 / z
 
     def gap(epsilon: float) -> float:
         first = norm.cdf(mu / 2 - epsilon / mu)
@@ -116,16 +116,10 @@ def exact(z: float, releases: int, delta: float) -> float:
     return float(brentq(gap, 0.0, 500.0))
 
 
-@pytest.mark.parametrize(("z", "n"), [(1.38, 1), (1.38, 10), (5.0, 1), (0.5, 1), (20.0, 400)])
-def test_epsilon_is_that_of_a_gaussian_of_twice_the_clip(z: float, n: int) -> None:
-    found = server_view_epsilon(z, n, 1e-5)
-    assert found == pytest.approx(exact(z, n, 1e-5), rel=1e-3)
-    assert found >= exact(z, n, 1e-5) * (1 - 1e-6)
-    rho = 2 * n / z**2
+@pytest.mark.parametrize("z", [1.38, 5.0, 0.5, 20.0])
+def test_epsilon_of_one_record_is_that_of_a_gaussian_of_twice_the_clip(z: float) -> None:
+    found = record_epsilon(z, 1e-5)
+    assert found == pytest.approx(exact(z, 1e-5), rel=1e-3)
+    assert found >= exact(z, 1e-5) * (1 - 1e-6)
+    rho = 2 / z**2
     assert found <= rho + 2 * math.sqrt(rho * math.log(1e5))
-
-
-def test_nothing_sent_costs_nothing() -> None:
-    assert server_view_epsilon(1.0, 0, 1e-5) == 0.0
-    with pytest.raises(FedtuneError, match="releases=-1"):
-        server_view_epsilon(1.0, -1, 1e-5)
