@@ -6,17 +6,17 @@ import random
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
 
-from fedtune.client.body_wire import LocalWire, RpcWire, Traffic, Wire
+from fedtune.client.body_wire import Due, LocalWire, RpcWire, Traffic, Wire
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.split import body_pb2 as pb
 from fedtune.split.blocks import Cut
-from fedtune.split.calls import Refused, Service, Status, checked, cut_to
+from fedtune.split.calls import Limits, Refused, Service, Status, checked, cut_to, plain
 from fedtune.split.codec import Codec
 from fedtune.split.frames import CODEC_NUMBERS, Received, Sealed, rows_to, seal, unseal
 from fedtune.split.rows import Rows
@@ -28,6 +28,8 @@ _FIRST_WAIT = 0.05
 _LONGEST_WAIT = 5.0
 _ODD_TRIES = 5
 """Tries at a call that fails in a way that waiting rarely mends."""
+_LEAST_BYTES = 512
+"""A body that takes smaller messages or tensors than this takes none."""
 _ODD = (Status.DATA_LOSS, Status.INTERNAL, Status.UNKNOWN)
 
 
@@ -77,6 +79,8 @@ class LinkSettings:
         Allow another machine without TLS.
     secret : bytes
         32 bytes that released activations are held under; empty: drawn for this link.
+    limits : Limits
+        The client's own: a body's larger ``chunk_bytes`` and ``tensor_bytes`` become these.
     """
 
     codec: Codec = "none"
@@ -89,6 +93,7 @@ class LinkSettings:
     server: str = "body"
     insecure: bool = False
     secret: bytes = b""
+    limits: Limits = field(default_factory=Limits)
 
 
 def open_link(target: str | Service, who: Caller, settings: LinkSettings | None = None) -> Link:
@@ -136,9 +141,10 @@ class Link:
             release=pb.ONCE if settings.release == "once" else pb.EACH,
         )  # fmt: skip
         try:
-            self.limits = self._patiently(lambda seconds: wire.open(request, seconds))
+            reply = self._patiently(lambda seconds: wire.open(request, seconds))
         except Refused as error:
             raise self._told(error) from error
+        self.limits = self._within(reply)
 
     @property
     def traffic(self) -> Traffic:
@@ -160,11 +166,12 @@ class Link:
         header = self._header(pb.FORWARD, step, rows)
         header.keep = grad
         once = header.release == pb.ONCE
+        due = [self._due(pb.OUTPUT, hidden)]
         known = once and self._released.issuperset(rows.examples or ())
         try:
-            found = self._call(header, self._inputs(hidden, rows, deep, once, whole=not known))
+            found = self._call(header, self._inputs(hidden, rows, deep, once, whole=not known), due)
         except LookupError:
-            found = self._call(header, self._inputs(hidden, rows, deep, once, whole=True))
+            found = self._whole(header, self._inputs(hidden, rows, deep, once, whole=True), due)
         if once:
             self._released.update(rows.examples or ())
         return self._tensor(found, pb.OUTPUT, hidden)
@@ -177,10 +184,16 @@ class Link:
         header = self._header(pb.BACKWARD, step, rows)
         once = header.release == pb.ONCE
         sent = [self._seal(pb.GRAD, grad)]
+        due = [] if deep is None else [self._due(pb.DEEP, deep)]
+        if not once:
+            due.append(self._due(pb.HIDDEN, hidden))
+        elif rows.fresh:
+            due.append(self._due(pb.FRESH, hidden[:, : rows.fresh]))
         try:
-            found = self._call(header, sent)
+            found = self._call(header, sent, due)
         except LookupError:
-            found = self._call(header, [*sent, *self._inputs(hidden, rows, deep, once, whole=True)])
+            sent += self._inputs(hidden, rows, deep, once, whole=True)
+            found = self._whole(header, sent, due)
         if once:
             at_hidden = torch.zeros_like(hidden)
             if rows.fresh:
@@ -196,7 +209,9 @@ class Link:
         header.release = pb.EACH
         header.key = b""
         header.rows.CopyFrom(rows_to(_bare(rows)))
-        return self._tensor(self._call(header, [self._seal(pb.HIDDEN, hidden)]), pb.OUTPUT, hidden)
+        due = [self._due(pb.OUTPUT, hidden)]
+        found = self._call(header, [self._seal(pb.HIDDEN, hidden)], due)
+        return self._tensor(found, pb.OUTPUT, hidden)
 
     # ------------------------------------------------------------ one call
 
@@ -230,10 +245,37 @@ class Link:
         except Refused as error:
             raise self._told(error) from error
 
-    def _call(self, header: pb.Header, tensors: Sequence[Sealed]) -> Received:
+    def _due(self, name: pb.TensorName, like: torch.Tensor) -> Due:
+        codec = "none" if name == pb.DEEP else self._settings.codec
+        return Due(name, codec, tuple(like.shape), self._settings.rank)
+
+    def _within(self, reply: pb.OpenReply) -> pb.OpenReply:
+        """Return a body's limits, no larger than the client's own; refuse what is none."""
+        for name in ("chunk_bytes", "tensor_bytes"):
+            if getattr(reply, name) < _LEAST_BYTES:
+                raise FedtuneError(
+                    f"the body at '{self._wire.target}' says {name}={getattr(reply, name)}",
+                    hint=f"at least {_LEAST_BYTES}: is it a `fedtune body`?",
+                    code=ExitCode.ENGINE,
+                )
+        own = self._settings.limits
+        return pb.OpenReply(
+            chunk_bytes=min(reply.chunk_bytes, own.chunk_bytes),
+            tensor_bytes=min(reply.tensor_bytes, own.tensor_bytes),
+            credits=reply.credits, keep_seconds=reply.keep_seconds,
+        )  # fmt: skip
+
+    def _whole(self, header: pb.Header, tensors: Sequence[Sealed], due: Sequence[Due]) -> Received:
+        """Call with all that there is: a body that still misses something is broken."""
+        try:
+            return self._call(header, tensors, due)
+        except LookupError as error:
+            raise self._told(Refused(Status.NOT_FOUND, str(error))) from error
+
+    def _call(self, header: pb.Header, tensors: Sequence[Sealed], due: Sequence[Due]) -> Received:
         try:
             return self._patiently(
-                lambda seconds: self._wire.call(header, tensors, self.limits, seconds)
+                lambda seconds: self._wire.call(header, tensors, due, self.limits, seconds)
             )
         except Refused as error:
             if error.status == Status.NOT_FOUND:
@@ -251,6 +293,8 @@ class Link:
                 )
         except Refused as error:
             raise self._told(error) from error
+        except (RuntimeError, ValueError) as error:
+            raise self._told(Refused(Status.DATA_LOSS, str(error))) from error
         return tensor.to(like.device, like.dtype)
 
     def _patiently(self, attempt: Callable[[float], T]) -> T:
@@ -270,7 +314,7 @@ class Link:
                 if time.monotonic() + pause > end:
                     raise FedtuneError(
                         f"the body at '{self._wire.target}' gave no answer in "
-                        f"{self._settings.patience:g} s: {error}",
+                        f"{self._settings.patience:g} s: {plain(str(error))}",
                         hint="is `fedtune body` running there, and can it be reached?",
                         code=ExitCode.ENGINE,
                     ) from error
@@ -279,8 +323,8 @@ class Link:
 
     def _told(self, error: Refused) -> FedtuneError:
         return FedtuneError(
-            f"the body at '{self._wire.target}' refused: {error} ({error.status})",
-            hint=error.hint,
+            f"the body at '{self._wire.target}' refused: {plain(str(error))} ({error.status})",
+            hint=plain(error.hint),
             code=error.status.exit_code,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,15 +16,68 @@ import grpc
 
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.split import body_pb2 as pb
-from fedtune.split.calls import OPEN, PACKAGE, PARTS, Refused, Service, Status
-from fedtune.split.frames import Received, Sealed, frames, read
+from fedtune.split.calls import (
+    OPEN,
+    PACKAGE,
+    PARTS,
+    Refused,
+    Service,
+    Status,
+    loopback,
+    plain,
+)
+from fedtune.split.codec import Codec, bytes_of
+from fedtune.split.frames import (
+    CODEC_NUMBERS,
+    Received,
+    Sealed,
+    frames,
+    header_of,
+    payload,
+    size_of,
+)
 from fedtune.split.node_keys import Claim, metadata_of, read_key
 
-__all__ = ["Counter", "LocalWire", "RpcWire", "Traffic", "Wire"]
+__all__ = ["Counter", "Due", "LocalWire", "RpcWire", "Traffic", "Wire"]
 
 _METHODS = {part: method for method, part in PARTS.items()}
 _channels: dict[tuple[Any, ...], tuple[Any, int]] = {}
 _lock = threading.Lock()
+_FIRST_BYTES = 1 << 16
+"""Of tensors in a first message: a server waits 5 s for it, however slow the line."""
+
+
+@dataclass(frozen=True)
+class Due:
+    """A tensor that the body owes; nothing else is taken from it.
+
+    Attributes
+    ----------
+    name : pb.TensorName
+    codec : str
+    shape : tuple of int
+        (B, T, d), or any with the codec "none".
+    rank : int
+        Of the codec "lowrank".
+    """
+
+    name: pb.TensorName
+    codec: Codec
+    shape: tuple[int, ...]
+    rank: int = 8
+
+    @property
+    def nbytes(self) -> int:
+        """Return the most bytes that it can take.
+
+        Examples
+        --------
+        >>> Due(pb.OUTPUT, "bf16", (2, 5, 32)).nbytes
+        640
+        """
+        if self.codec == "none":
+            return 4 * math.prod(self.shape)
+        return bytes_of(self.codec, self.shape, rank=self.rank)
 
 
 @dataclass(frozen=True)
@@ -77,9 +131,10 @@ class Wire(Protocol):
         ...
 
     def call(
-        self, header: pb.Header, tensors: Sequence[Sealed], reply: pb.OpenReply, seconds: float
-    ) -> Received:
-        """Send tensors and return those that came back."""
+        self, header: pb.Header, tensors: Sequence[Sealed], due: Sequence[Due],
+        reply: pb.OpenReply, seconds: float,
+    ) -> Received:  # fmt: skip
+        """Send tensors and return those that are due."""
         ...
 
     def close(self) -> None:
@@ -102,13 +157,14 @@ class LocalWire:
         return reply
 
     def call(
-        self, header: pb.Header, tensors: Sequence[Sealed], reply: pb.OpenReply, seconds: float
-    ) -> Received:
-        """Send tensors and return those that came back."""
+        self, header: pb.Header, tensors: Sequence[Sealed], due: Sequence[Due],
+        reply: pb.OpenReply, seconds: float,
+    ) -> Received:  # fmt: skip
+        """Send tensors and return those that are due."""
         self.counter.add(calls=1)
-        up = _counted(frames(header, tensors, reply.chunk_bytes), self.counter, up=True)
+        up = _counted(_sent(header, tensors, reply), self.counter, up=True)
         down = self._service.call(header.part, up, seconds)
-        return _answer(down, reply, self.counter)
+        return _answer(down, due, reply, self.counter)
 
     def close(self) -> None:
         """Nothing is open."""
@@ -136,8 +192,7 @@ class RpcWire:
         self, target: str, *, root: Path | None = None, pair: tuple[Path, Path] | None = None,
         key: Path | None = None, server: str = "body", insecure: bool = False,
     ) -> None:  # fmt: skip
-        host = target.rpartition(":")[0].strip("[]")
-        near = host in {"localhost", "::1"} or host.startswith("127.")
+        near = loopback(target.rpartition(":")[0])
         if root is None and not near and not insecure:
             raise FedtuneError(
                 f"the body at '{target}' would be reached without TLS",
@@ -176,10 +231,11 @@ class RpcWire:
         return reply
 
     def call(
-        self, header: pb.Header, tensors: Sequence[Sealed], reply: pb.OpenReply, seconds: float
-    ) -> Received:
-        """Send tensors and return those that came back."""
-        sent = frames(header, tensors, reply.chunk_bytes)
+        self, header: pb.Header, tensors: Sequence[Sealed], due: Sequence[Due],
+        reply: pb.OpenReply, seconds: float,
+    ) -> Received:  # fmt: skip
+        """Send tensors and return those that are due."""
+        sent = _sent(header, tensors, reply)
         first = next(sent)
         metadata = self._signed(_METHODS[header.part], first.header)
         self.counter.add(calls=1)
@@ -187,7 +243,7 @@ class RpcWire:
         call = None
         try:
             call = self._calls[header.part](up, timeout=seconds, metadata=metadata)
-            return _answer(call, reply, self.counter)
+            return _collected(call, due, reply, self.counter)
         except grpc.RpcError as error:
             raise _refused(error) from error
         finally:
@@ -217,13 +273,58 @@ class RpcWire:
         return metadata_of(self._key, claim)
 
 
-def _answer(chunks: Iterable[pb.Chunk], reply: pb.OpenReply, counter: Counter) -> Received:
+def _sent(header: pb.Header, tensors: Sequence[Sealed], reply: pb.OpenReply) -> Iterator[pb.Chunk]:
+    """Yield a message, with its header alone at first where it has many bytes."""
+    for chunk in frames(header, tensors, reply.chunk_bytes):
+        if chunk.HasField("header") and len(chunk.data) > _FIRST_BYTES:
+            yield pb.Chunk(header=chunk.header)
+            yield pb.Chunk(data=chunk.data)
+        else:
+            yield chunk
+
+
+def _collected(
+    chunks: Iterable[pb.Chunk], due: Sequence[Due], reply: pb.OpenReply, counter: Counter
+) -> Received:
+    try:
+        return _answer(chunks, due, reply, counter)
+    except (RuntimeError, ValueError) as error:
+        raise Refused(
+            Status.DATA_LOSS, f"the answer cannot be read: {plain(str(error))}"
+        ) from error
+
+
+def _answer(
+    chunks: Iterable[pb.Chunk], due: Sequence[Due], reply: pb.OpenReply, counter: Counter
+) -> Received:
     down = _counted(chunks, counter, up=False)
-    found = read(down, reply.tensor_bytes, reply.chunk_bytes)
+    first = header_of(down)
+    _expected(first.header, due)
+    found = payload(first, down, reply.chunk_bytes)
     # The call has ended well only when its stream has.
     for _ in down:
         raise Refused(Status.DATA_LOSS, "the body sent more than one message")
     return found
+
+
+def _expected(header: pb.Header, due: Sequence[Due]) -> None:
+    """Refuse an answer that is not the one that is due, before memory is taken for it."""
+    wanted = {one.name: one for one in due}
+    if len(header.tensors) != len(due) or {info.name for info in header.tensors} != set(wanted):
+        names = ", ".join(pb.TensorName.Name(one.name) for one in due) or "nothing"
+        raise Refused(Status.DATA_LOSS, f"the body owed {names} and sent other tensors")
+    for info in header.tensors:
+        one = wanted[info.name]
+        name = pb.TensorName.Name(one.name)
+        if len(info.shape) != len(one.shape) or tuple(info.shape) != one.shape:
+            came = tuple(info.shape[:8])
+            raise Refused(Status.DATA_LOSS, f"{name}: {came} came for {one.shape}")
+        if info.codec != CODEC_NUMBERS[one.codec]:
+            raise Refused(Status.DATA_LOSS, f"{name}: codec {info.codec} came for '{one.codec}'")
+        if size_of(info) > one.nbytes:
+            raise Refused(
+                Status.OUT_OF_RANGE, f"{name} of {size_of(info)} bytes, at most {one.nbytes}"
+            )
 
 
 def _counted(chunks: Iterable[pb.Chunk], counter: Counter, *, up: bool) -> Iterator[pb.Chunk]:
@@ -243,8 +344,9 @@ def _refused(error: grpc.RpcError) -> Refused:
     except ValueError:
         wait = 0.0
     return Refused(
-        status, error.details() or name, hint.decode(errors="replace"), max(0.0, min(wait, 60.0))
-    )
+        status, plain(error.details() or name), plain(hint.decode(errors="replace")),
+        max(0.0, min(wait, 60.0)),
+    )  # fmt: skip
 
 
 def _shared(

@@ -98,9 +98,10 @@ def kept_of(
 ) -> NDArray[np.int64]:
     """Return which examples cross the cut, in their order.
 
-    ``random`` keeps ``round(keep * n)`` of them, at least one. ``el2n`` keeps as many,
-    those of the highest score; with a threshold, whoever reaches it. A score that is
-    not finite is never kept.
+    ``random`` keeps ``round(keep * n)`` of them, at least one. ``el2n`` keeps that share of
+    every class, those of the highest score: of all together, half of a small client is
+    often one class, and the model then says nothing else. With a threshold: whoever
+    reaches it. A score that is not finite is never kept.
     """
     count = len(encoded.ids)
     wanted = max(1, round(split.keep * count))
@@ -112,8 +113,14 @@ def kept_of(
     fine = np.isfinite(scores)
     if split.threshold:
         return np.flatnonzero(fine & (scores >= split.threshold))
-    ranked = np.argsort(np.where(fine, -scores, np.inf), kind="stable")[:wanted]
-    return np.sort(ranked[fine[ranked]])
+    ranked = np.argsort(np.where(fine, -scores, np.inf), kind="stable")
+    classes = np.array([row[0] for row in encoded.targets]) if task != "causal-lm" else None
+    if classes is None:
+        chosen = ranked[:wanted]
+    else:
+        of_class = [ranked[classes[ranked] == one] for one in np.unique(classes)]
+        chosen = np.concatenate([one[: max(1, round(split.keep * len(one)))] for one in of_class])
+    return np.sort(chosen[fine[chosen]])
 
 
 def el2n(

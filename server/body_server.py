@@ -8,21 +8,25 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.split import body_pb2 as pb
-from fedtune.split.calls import OPEN, PACKAGE, PARTS, Limits, Refused, Service, Status
-from fedtune.split.node_keys import Claim, Gate, admit
+from fedtune.split.calls import OPEN, PACKAGE, PARTS, Limits, Refused, Service, Status, loopback
+from fedtune.split.node_keys import Claim, Gate, admit, knock
 
 __all__ = ["Door", "Running", "start"]
 
+M = TypeVar("M", pb.Chunk, pb.OpenRequest)
 _log = logging.getLogger(__name__)
 _LONGEST = 3600.0
+_FIRST_SECONDS = 5.0
+"""A call whose first message has not come by then is cancelled: silence would hold a thread."""
 _THREADS = 64
 
 
@@ -140,15 +144,17 @@ def _handlers(service: Service, gate: Gate | None) -> dict[str, Any]:
         for method, part in PARTS.items()
     }
 
-    def opened(request: pb.OpenRequest, context: grpc.ServicerContext) -> pb.OpenReply:
+    def opened(requests: Iterator[pb.OpenRequest], context: grpc.ServicerContext) -> pb.OpenReply:
         try:
-            if gate is not None:
-                _admit(gate, OPEN, request, context)
-            return service.open(request)
+            return service.open(_first(gate, OPEN, requests, context))
         except Refused as error:
             _abort(context, error)
+        except grpc.RpcError:
+            _abort(context, Refused(Status.CANCELLED, "the client is gone"))
 
-    handlers[OPEN] = grpc.unary_unary_rpc_method_handler(
+    # One message each way, as the client's unary call sends it; but a unary handler would
+    # wait for a silent client before any of this is asked.
+    handlers[OPEN] = grpc.stream_unary_rpc_method_handler(
         opened,
         request_deserializer=pb.OpenRequest.FromString,
         response_serializer=pb.OpenReply.SerializeToString,
@@ -167,12 +173,8 @@ def _stream(
                     Status.INVALID_ARGUMENT, "a call without a deadline",
                     f"give it one of at most {_LONGEST:.0f} s",
                 )  # fmt: skip
-            if gate is not None:
-                first = next(chunks, pb.Chunk())
-                _admit(gate, method, first.header, context)
-                chunks = itertools.chain((first,), chunks)
-                del first
-            yield from service.call(part, chunks, seconds)
+            whole = itertools.chain((_first(gate, method, chunks, context),), chunks)
+            yield from service.call(part, whole, seconds)
         except Refused as error:
             _abort(context, error)
         except grpc.RpcError:
@@ -187,13 +189,36 @@ def _stream(
     return answer
 
 
-def _admit(
-    gate: Gate, method: str, said: pb.Header | pb.OpenRequest, context: grpc.ServicerContext
-) -> None:
-    digest = hashlib.sha256(said.SerializeToString(deterministic=True)).digest()
-    claim = Claim(method, said.run, said.client, gate.server, said.model, digest)
+def _first(
+    gate: Gate | None, method: str, messages: Iterator[M], context: grpc.ServicerContext
+) -> M:
+    """Return the first message of one who may call; nothing is read of others."""
+    given = [(key, value) for key, value in context.invocation_metadata()]
+    if gate is not None:
+        with _enrolment():
+            knock(gate, given)
+    timer = threading.Timer(_FIRST_SECONDS, context.cancel)
+    timer.daemon = True
+    timer.start()
     try:
-        admit(gate, ((key, value) for key, value in context.invocation_metadata()), claim)
+        first = next(messages, None)
+    finally:
+        timer.cancel()
+    if first is None:
+        raise Refused(Status.INVALID_ARGUMENT, "a call without a message")
+    if gate is not None:
+        said = first.header if isinstance(first, pb.Chunk) else first
+        digest = hashlib.sha256(said.SerializeToString(deterministic=True)).digest()
+        claim = Claim(method, said.run, said.client, gate.server, said.model, digest)
+        with _enrolment():
+            admit(gate, given, claim)
+    return first
+
+
+@contextmanager
+def _enrolment() -> Iterator[None]:
+    try:
+        yield
     except FedtuneError as error:
         _log.error("%s (%s)", error, error.hint)
         raise Refused(Status.UNAVAILABLE, "the enrolment file cannot be read now") from error
@@ -212,8 +237,7 @@ def _closed_enough(door: Door) -> None:
         raise FedtuneError(
             "--cert and --key belong together", hint="give both, or none", code=ExitCode.USAGE
         )
-    host = door.listen.rpartition(":")[0].strip("[]")
-    if host in {"localhost", "::1"} or host.startswith("127.") or door.insecure:
+    if loopback(door.listen.rpartition(":")[0]) or door.insecure:
         return
     missing = [
         name for name, value in (("--enrolled", door.enrolled), ("--cert", door.cert))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fedtune.models import settings_of
 from fedtune.server.body import Body
 from fedtune.server.body_batch import Compute, Work
 from fedtune.server.body_store import Held, Released, Seen, Session, Shelf, nbytes_of
@@ -43,6 +45,9 @@ _MAY: dict[int, frozenset[int]] = {
 }
 _INPUTS = (pb.HIDDEN, pb.FRESH, pb.REST, pb.DEEP)
 _CODECS = {number: name for name, number in CODEC_NUMBERS.items()}
+_LONGEST = ("max_position_embeddings", "n_positions", "max_seq_len")
+_TOLD_EACH, _TOLD_ALL, _TOLD_SECONDS = 16, 1 << 10, 3600.0
+"""Runs that are told of in an hour: of one client, and of all; names cost a client nothing."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class BodyService:
     batch, workers : int
         See ``Compute``.
     met : callable, optional
-        Told the run, the client and the codec, once for each.
+        Told the run, the client and the codec, once for each, 16 an hour of one client.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class BodyService:
         self.body = body
         self.digest = digest
         self.limits = limits or Limits()
+        self.positions = min([self.limits.positions, *_positions_of(body)])
         body.model.requires_grad_(False)
         sample = next(blocks_of(body.model).modules[body.cut.body[0]].parameters())
         self._device, self._dtype = sample.device, sample.dtype
@@ -92,6 +98,7 @@ class BodyService:
         self._lock = threading.Lock()
         self._flying: dict[str, int] = {}
         self._bytes = 0
+        self._told: list[tuple[float, str]] = []
 
     def open(self, request: pb.OpenRequest) -> pb.OpenReply:
         """Compare versions and return the limits."""
@@ -99,7 +106,7 @@ class BodyService:
         if request.codec not in _CODECS:
             raise Refused(Status.FAILED_PRECONDITION, f"codec {request.codec} is not known here")
         name = (request.run, request.client)
-        if self._known.get(name) is None and self._met is not None:
+        if self._known.get(name) is None and self._met is not None and self._telling(name[1]):
             self._met(*name, _CODECS[request.codec])
         self._known.put(name, True, 1)
         limits = self.limits
@@ -117,7 +124,8 @@ class BodyService:
         header = first.header
         rows = self._accepted(part, header)
         coming = sum(size_of(info) for info in header.tensors)
-        with self._room(header.client, coming + rows.batch * rows.length * self.body.width * 4):
+        needed = rows.batch * rows.length * self.body.width * 4 + _attention(rows)
+        with self._room(header.client, coming + needed):
             message = payload(first, chunks, self.limits.chunk_bytes)
             # What arrived goes as soon as it is a tensor of its own.
             del first
@@ -286,7 +294,7 @@ class BodyService:
             raise Refused(Status.INVALID_ARGUMENT, "the header is another part's")
         if header.codec not in _CODECS or header.rank > 1 << 16:
             raise Refused(Status.FAILED_PRECONDITION, f"codec {header.codec} is not known here")
-        rows = rows_from(header.rows, self.limits.positions)
+        rows = rows_from(header.rows, self.positions)
         if header.release != pb.ONCE and (rows.examples or rows.fresh or header.key):
             raise Refused(Status.INVALID_ARGUMENT, "rows with names, and no release")
         wanted = {
@@ -303,6 +311,13 @@ class BodyService:
                 Status.OUT_OF_RANGE, f"{rows.batch} rows of {rows.length} positions are too large",
                 f"at most {self.limits.tensor_bytes} bytes a tensor: use smaller batches",
             )  # fmt: skip
+        if _attention(rows) > self.limits.tensor_bytes:
+            raise Refused(
+                Status.OUT_OF_RANGE,
+                f"{rows.batch} rows of {rows.length} positions after {rows.past}: the attention "
+                f"between them takes {_attention(rows)} bytes",
+                f"at most {self.limits.tensor_bytes}: use shorter rows, or fewer in a batch",
+            )
         before = 0
         for info in header.tensors:
             if info.name not in _MAY[part]:
@@ -353,6 +368,17 @@ class BodyService:
                 "give both sides the same [tuning.split]",
             )
 
+    def _telling(self, client: str) -> bool:
+        """Say whether one more run may be told of; more lines than that nobody reads."""
+        now = time.monotonic()
+        with self._lock:
+            self._told = [one for one in self._told if one[0] > now - _TOLD_SECONDS]
+            mine = sum(name == client for _, name in self._told)
+            if mine >= _TOLD_EACH or len(self._told) >= _TOLD_ALL:
+                return False
+            self._told.append((now, client))
+            return True
+
     def _large(self, *shape: int) -> bool:
         size = self._dtype.itemsize
         for length in shape:
@@ -391,6 +417,18 @@ def _back(graph: _Graph, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
         torch.zeros_like(given) if one is None else one
         for one, given in zip(found, graph.given, strict=True)
     )
+
+
+def _attention(rows: Rows) -> int:
+    """Return the bytes of one number for each pair of positions, float32."""
+    return rows.batch * rows.length * (rows.past + rows.length) * 4
+
+
+def _positions_of(body: Body) -> list[int]:
+    """Return how long a model's own config lets a row be, where it says so."""
+    settings = settings_of(body.model).get_text_config()
+    found = [getattr(settings, name, None) for name in _LONGEST]
+    return [value for value in found if isinstance(value, int) and value > 0]
 
 
 def _identity(message: Received) -> bytes:

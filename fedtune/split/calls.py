@@ -5,6 +5,7 @@ Client and server speak through ``Service``, by sockets or in one process.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ __all__ = [
     "checked",
     "cut_from",
     "cut_to",
+    "loopback",
+    "plain",
 ]
 
 PACKAGE = "fedtune.body.v1.Body"
@@ -38,6 +41,7 @@ CHUNK_BYTES = 1 << 20
 """Bytes of tensors in one message; gRPC takes messages up to 4 MiB."""
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,80}")
+_MOST_CHARACTERS = 500
 
 
 class Status(StrEnum):
@@ -177,6 +181,33 @@ def checked(what: str, value: str) -> str:
             "use 1 to 80 letters, digits, points, hyphens and underscores",
         )
     return value
+
+
+def plain(text: str) -> str:
+    r"""Make a peer's words safe to show: printable, on one line, at most 500 characters.
+
+    Examples
+    --------
+    >>> plain("no\x1b[2J such\nstep")
+    'no?[2J such?step'
+    """
+    shown = text[:_MOST_CHARACTERS]
+    return "".join(letter if letter.isprintable() else "?" for letter in shown)
+
+
+def loopback(host: str) -> bool:
+    """Say whether a host, without its port, is this machine whatever a name server says.
+
+    Examples
+    --------
+    >>> [loopback(host) for host in ("localhost", "127.0.0.2", "[::1]", "127.evil.example")]
+    [True, True, True, False]
+    """
+    bare = host.removeprefix("[").removesuffix("]")
+    try:
+        return bare == "localhost" or ipaddress.ip_address(bare).is_loopback
+    except ValueError:
+        return False
 
 
 def cut_to(cut: Cut) -> pb.Cut:

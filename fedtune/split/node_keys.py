@@ -11,7 +11,7 @@ import os
 import secrets
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ __all__ = [
     "Claim",
     "Gate",
     "admit",
+    "knock",
     "metadata_of",
     "new_key",
     "public_line",
@@ -41,7 +42,8 @@ WINDOW = 300
 
 _CONTEXT = "fedtune body call, version 1"
 _FIELDS = ("fedtune-client", "fedtune-time", "fedtune-nonce", "fedtune-signature-bin")
-_NONCES = 1 << 18
+_NONCES = 1 << 17
+"""Calls of one client that are remembered: 218 a second, all through two windows."""
 
 Private = ec.EllipticCurvePrivateKey
 Public = ec.EllipticCurvePublicKey
@@ -84,12 +86,13 @@ class Gate:
     server: str
     _keys: dict[str, tuple[tuple[int, int], dict[str, Public]]]
     _nonces: OrderedDict[tuple[str, str], float]
+    _counts: Counter[str]
     _lock: threading.Lock
 
     @classmethod
     def at(cls, enrolled: Path, server: str) -> Gate:
         """Return the door for an enrolment file, which must be readable now."""
-        gate = cls(enrolled, server, {}, OrderedDict(), threading.Lock())
+        gate = cls(enrolled, server, {}, OrderedDict(), Counter(), threading.Lock())
         gate.keys()
         return gate
 
@@ -106,16 +109,29 @@ class Gate:
             return self._keys["now"][1]
 
     def first_time(self, client: str, nonce: str, now: float) -> bool:
-        """Say whether a client's number was not used within the window; remember it."""
+        """Say whether a client's number was not used within the window; remember it.
+
+        Raises
+        ------
+        Refused
+            RESOURCE_EXHAUSTED for a client that called too often; others still may.
+        """
         with self._lock:
             while self._nonces and next(iter(self._nonces.values())) < now - 2 * WINDOW:
-                self._nonces.popitem(last=False)
+                (gone, _), _ = self._nonces.popitem(last=False)
+                self._counts[gone] -= 1
+                if not self._counts[gone]:
+                    del self._counts[gone]
             if (client, nonce) in self._nonces:
                 return False
-            if len(self._nonces) >= _NONCES:
+            if self._counts[client] >= _NONCES:
                 # To forget one that still counts would let it be used again.
-                raise Refused(Status.RESOURCE_EXHAUSTED, "too many calls to remember", wait=1.0)
+                raise Refused(
+                    Status.RESOURCE_EXHAUSTED,
+                    f"client '{client}' made too many calls to remember", wait=1.0,
+                )  # fmt: skip
             self._nonces[client, nonce] = now
+            self._counts[client] += 1
             return True
 
 
@@ -218,6 +234,49 @@ def metadata_of(key: Private, claim: Claim) -> tuple[tuple[str, str | bytes], ..
     return tuple(zip(_FIELDS, (claim.client, when, nonce, signature), strict=True))
 
 
+def knock(
+    gate: Gate, metadata: Iterable[tuple[str, str | bytes]]
+) -> tuple[str, str, str, bytes, Public]:
+    """Check what can be checked before a call is read: form, name and clock.
+
+    Returns
+    -------
+    name, when, nonce : str
+    signature : bytes
+        Not verified yet.
+    key : Public
+        The one that the name is enrolled with.
+
+    Raises
+    ------
+    Refused
+        UNAUTHENTICATED without a signature; PERMISSION_DENIED for a client that is not
+        enrolled, or a clock that is off.
+    """
+    given = dict(metadata)
+    values = [given.get(field) for field in _FIELDS]
+    name, when, nonce, signature = values
+    if not (
+        isinstance(name, str) and isinstance(when, str) and isinstance(nonce, str)
+        and isinstance(signature, bytes) and when.isascii() and when.isdigit()
+        and len(when) < 20 and len(nonce) <= 64
+    ):  # fmt: skip
+        raise Refused(Status.UNAUTHENTICATED, "this call is not signed", "give the client its key")
+    key = gate.keys().get(name)
+    if key is None:
+        raise Refused(
+            Status.PERMISSION_DENIED, f"client '{name[:80]}' is not enrolled here",
+            "add its line to the enrolment file",
+        )  # fmt: skip
+    apart = abs(time.time() - int(when))
+    if apart > WINDOW:
+        raise Refused(
+            Status.PERMISSION_DENIED, f"the clocks are {apart:.0f} s apart",
+            f"set them: at most {WINDOW} s",
+        )  # fmt: skip
+    return name, when, nonce, signature, key
+
+
 def admit(gate: Gate, metadata: Iterable[tuple[str, str | bytes]], claim: Claim) -> None:
     """Let a call in, or refuse it.
 
@@ -235,29 +294,9 @@ def admit(gate: Gate, metadata: Iterable[tuple[str, str | bytes]], claim: Claim)
         UNAUTHENTICATED without a good signature; PERMISSION_DENIED for a client that is
         not enrolled, another name, a clock that is off, a call that was made before.
     """
-    given = dict(metadata)
-    values = [given.get(field) for field in _FIELDS]
-    name, when, nonce, signature = values
-    if not (
-        isinstance(name, str) and isinstance(when, str) and isinstance(nonce, str)
-        and isinstance(signature, bytes) and when.isascii() and when.isdigit()
-        and len(when) < 20 and len(nonce) <= 64
-    ):  # fmt: skip
-        raise Refused(Status.UNAUTHENTICATED, "this call is not signed", "give the client its key")
-    key = gate.keys().get(name)
-    if key is None:
-        raise Refused(
-            Status.PERMISSION_DENIED, f"client '{name[:80]}' is not enrolled here",
-            "add its line to the enrolment file",
-        )  # fmt: skip
+    name, when, nonce, signature, key = knock(gate, metadata)
     if name != claim.client:
         raise Refused(Status.PERMISSION_DENIED, f"client '{claim.client}' called as '{name}'")
-    now = time.time()
-    if abs(now - int(when)) > WINDOW:
-        raise Refused(
-            Status.PERMISSION_DENIED, f"the clocks are {abs(now - int(when)):.0f} s apart",
-            f"set them: at most {WINDOW} s",
-        )  # fmt: skip
     try:
         key.verify(signature, claim.message(when, nonce), ec.ECDSA(hashes.SHA384()))
     except InvalidSignature as error:
@@ -265,7 +304,7 @@ def admit(gate: Gate, metadata: Iterable[tuple[str, str | bytes]], claim: Claim)
             Status.UNAUTHENTICATED, f"the signature of '{name}' is not over this call",
             "its key is another one, or it was meant for another server",
         ) from error  # fmt: skip
-    if not gate.first_time(name, nonce, now):
+    if not gate.first_time(name, nonce, time.time()):
         raise Refused(Status.PERMISSION_DENIED, f"this call of '{name}' was made before")
 
 

@@ -117,6 +117,22 @@ def test_el2n_keeps_the_hardest_and_random_does_not_look() -> None:
     assert not np.array_equal(first, other)
 
 
+def test_el2n_keeps_its_share_of_every_class() -> None:
+    """Half of a small client by score alone is often one class: tuning then forgets the rest."""
+    whole = make("Bert").requires_grad_(False)
+    part = copy.deepcopy(whole)
+    keep_ends(part, cut_of(whole, 1, 1))
+    rows = texts(20).ids
+    labels = tuple(np.array([0 if i < 14 else 1], np.int32) for i in range(20))
+    encoded = Encoded(rows, labels, 20, 0, 0)
+    with bypassed(part):
+        scores = el2n(part, encoded, "classification", pad_id=0)
+    kept = kept_of(part, encoded, SplitConfig(keep=0.5), "classification", seed=1, pad_id=0)
+    assert (kept < 14).sum() == 7
+    assert (kept >= 14).sum() == 3
+    assert sorted(kept[kept < 14]) == sorted(np.argsort(-scores[:14])[:7])
+
+
 def test_a_threshold_looks_at_each_example_alone() -> None:
     """What lets a promise about examples hold: nobody is displaced by somebody else."""
     model, _ = client(settings())
