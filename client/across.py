@@ -51,6 +51,7 @@ class Across:
     folder: Path | None = None
     _links: threading.local = field(init=False, default_factory=threading.local)
     _secrets: dict[int, bytes] = field(init=False, default_factory=dict)
+    _reached: set[int] = field(init=False, default_factory=set)
     _token: str = field(init=False, default_factory=lambda: secrets.token_hex(4))
 
     def connect(self, model: nn.Module, client: int, task: Task, what: Literal["t", "e"]) -> Link:
@@ -78,20 +79,39 @@ class Across:
         remote.total = config.privacy.example is not None
         return link
 
+    def reach(self, client: int) -> None:
+        """Find out at once whether the body is there and of this model.
+
+        Raises
+        ------
+        FedtuneError
+            It is not, within seconds: better said now than in the first round.
+        """
+        if client not in self._reached:
+            open_link(self.target, self._caller(client, "hello"), self._settings(client, 10.0))
+            self._reached.add(client)
+
+    def _caller(self, client: int, job: str) -> Caller:
+        engine = self.config.engine
+        key = Path(engine.body_key) if engine.body_key else None
+        return Caller(job or "run", f"client-{client}", self.digest, self.cut, key)
+
+    def _settings(self, client: int, patience: float = 300.0) -> LinkSettings:
+        engine, split = self.config.engine, self.config.tuning.split
+        settings = LinkSettings(
+            codec=split.codec, rank=split.rank, release=split.release, patience=patience,
+            root=Path(engine.body_root) if engine.body_root else None,
+        )  # fmt: skip
+        if split.release == "once":
+            settings = replace(settings, secret=self._secret(client, "held"))
+        return settings
+
     def _link(self, client: int, job: str) -> Link:
         links: dict[tuple[int, str], Link] = getattr(self._links, "all", {})
         self._links.all = links
         if (client, job) not in links:
-            engine, split = self.config.engine, self.config.tuning.split
-            settings = LinkSettings(
-                codec=split.codec, rank=split.rank, release=split.release,
-                root=Path(engine.body_root) if engine.body_root else None,
-            )  # fmt: skip
-            if split.release == "once":
-                settings = replace(settings, secret=self._secret(client, "held"))
-            key = Path(engine.body_key) if engine.body_key else None
-            who = Caller(job or "run", f"client-{client}", self.digest, self.cut, key)
-            links[client, job] = open_link(self.target, who, settings)
+            who = self._caller(client, job)
+            links[client, job] = open_link(self.target, who, self._settings(client))
         return links[client, job]
 
     def _secret(self, client: int, purpose: str) -> bytes:

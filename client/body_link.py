@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import secrets
 import time
@@ -24,6 +25,7 @@ from fedtune.split.rows import Rows
 __all__ = ["Caller", "Link", "LinkSettings", "open_link"]
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 _FIRST_WAIT = 0.05
 _LONGEST_WAIT = 5.0
 _ODD_TRIES = 5
@@ -310,6 +312,11 @@ class Link:
                     raise
                 if error.status == Status.DEADLINE_EXCEEDED:
                     deadline *= 2
+                if error.status == Status.UNAVAILABLE and wait == _FIRST_WAIT:
+                    _log.warning(
+                        "the body at %s does not answer (%s); trying for up to %g s",
+                        self._wire.target, error, self._settings.patience,
+                    )  # fmt: skip
                 pause = max(error.wait, wait * random.uniform(0.5, 1.5))
                 if time.monotonic() + pause > end:
                     raise FedtuneError(

@@ -133,6 +133,8 @@ class Worker:
         shard, privacy = self.shard(index), self.config.privacy
         if self.guard is not None:
             self.guard.require_room(shard.name, begun)
+        if self.across is not None:
+            self.across.reach(index)
         # The number of rows is a figure on private data: under a promise it stays here.
         rows = 0 if privacy.on else len(shard.train)
         epochs = len(self.epochs(index).finished) if self.config.tuning.seeded else 0

@@ -353,12 +353,6 @@ class BodyService:
     def _same(self, run: str, client: str, model: str, cut: pb.Cut) -> None:
         checked("run", run)
         checked("client", client)
-        if model != self.digest:
-            raise Refused(
-                Status.FAILED_PRECONDITION,
-                f"client '{client}' has model '{model[:80]}', this body is of '{self.digest}'",
-                "give both sides the same base model",
-            )
         if cut != cut_to(self.body.cut):
             ours = self.body.cut
             raise Refused(
@@ -366,6 +360,13 @@ class BodyService:
                 f"client '{client}' cuts at head={cut.head}, tail={cut.tail} of {cut.count}, "
                 f"this body at head={ours.head}, tail={ours.tail} of {ours.count}",
                 "give both sides the same [tuning.split]",
+            )
+        if model != self.digest:
+            raise Refused(
+                Status.FAILED_PRECONDITION,
+                f"client '{client}' holds another model than this body ({model[:8]}..., not "
+                f"{self.digest[:8]}...)",
+                "give both sides the same base model",
             )
 
     def _telling(self, client: str) -> bool:

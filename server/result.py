@@ -22,6 +22,7 @@ from fedtune.config import Config, ModelConfig
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.files import storage, write_atomic, write_json
 from fedtune.models import share
+from fedtune.privacy.server_view import crossing_of, server_view
 from fedtune.server.checkpoint import State
 from fedtune.server.disclose import statement_of
 from fedtune.server.run_folder import RunFolder
@@ -32,8 +33,8 @@ __all__ = ["save_result", "verify_adapter"]
 
 _PROBE = "Federated tuning keeps the text where it is; def main() -> None: return 42"
 _TOLERANCE = 2e-3
-TAIL = "tail"
-"""Folder, in that of the prompts, of the adapter on the last blocks."""
+PROMPT, TAIL = "prompt", "tail"
+"""SFPrompt's two adapters, each in a folder of its own: neither is the result without the other."""
 _SHOWN = (
     ("loss", "loss (nats)"), ("perplexity", "perplexity"), ("accuracy", "accuracy"),
     ("macro_f1", "macro-F1"), ("client_worst", "worst client"),
@@ -84,8 +85,10 @@ def _save_adapter(tuned: Tuned, saved: nn.Module, fresh: Path) -> None:
     with storage(fresh), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peft_settings(saved).base_model_name_or_path = tuned.config.model.base
-        saved.save_pretrained(str(fresh), save_embedding_layers=False)  # type: ignore[operator]
-        if tuned.config.tuning.adapter == SFPROMPT and (inner := tail_of(saved)) is not None:
+        inner = tail_of(saved) if tuned.config.tuning.adapter == SFPROMPT else None
+        outer = fresh / PROMPT if inner is not None else fresh
+        saved.save_pretrained(str(outer), save_embedding_layers=False)  # type: ignore[operator]
+        if inner is not None:
             peft_settings(inner).base_model_name_or_path = tuned.config.model.base
             inner.save_pretrained(str(fresh / TAIL), save_embedding_layers=False)
 
@@ -115,6 +118,7 @@ def verify_adapter(tuned: Tuned, state: State, path: Path) -> float:
             # With one adapter in another, peft writes the head where it stands.
             network = copy.deepcopy(tuned.base.model)
             network = PeftModel.from_pretrained(network, str(path / TAIL))
+            path = path / PROMPT
         loaded = PeftModel.from_pretrained(network, str(path)).eval()
         theirs = loaded(**given).logits.float()
         ours = tuned.put(state)(**given).logits.float()
@@ -178,6 +182,7 @@ def _card(tuned: Tuned, folder: RunFolder, clients: int, saved: nn.Module, told:
         figures=[(label, _figure(first, key), _figure(last, key)) for key, label in _SHOWN
                  if key in last],
         snippet=_snippet(tuned), told=told,
+        crossed=server_view(crossing_of(config)).statement if config.tuning.cut else "",
     )  # fmt: skip
 
 
@@ -226,7 +231,7 @@ def _loads(base: str, tuned: Tuned) -> list[str]:
         return [f'model = PeftModel.from_pretrained({base}, "adapter")']
     return [
         f'model = PeftModel.from_pretrained({base}, "adapter/{TAIL}")',
-        'model = PeftModel.from_pretrained(model, "adapter")',
+        f'model = PeftModel.from_pretrained(model, "adapter/{PROMPT}")',
     ]
 
 

@@ -119,9 +119,12 @@ def describe(made: Mapping[str, Any]) -> str:
         f"  steps        {made['steps']:,} of the optimiser, all clients and rounds",
         f"  bytes        {made['bytes_per_round']:,} per round "
         f"({made['bytes_down_per_client']:,} down and {made['bytes_up_per_client']:,} up "
-        f"per client), {made['bytes']:,} in all",
-        f"  memory       about {made['client_memory_mb']:,} MB for one client's model and training",
+        f"per client), {made['bytes']:,} in all"
+        + ("; besides, what crosses the cut (below)" if "split" in made else ""),
     ]
+    if "split" not in made:
+        lines.append(f"  memory       about {made['client_memory_mb']:,} MB for one client's model "
+                     "and training")  # fmt: skip
     for one in made["privacy"]:
         lines += private_lines(one)
     if "split" in made:
@@ -215,6 +218,11 @@ def _spread(values: list[int]) -> tuple[int, int, int]:
 
 def _warnings(config: Config) -> list[str]:
     found: list[str] = _asked(config)
+    if config.tuning.cut:
+        found.append("the server of the body can read the text that crosses the cut: fedtune audit "
+                     "FILE --attack inversion")  # fmt: skip
+    if config.tuning.cut and config.tuning.split.noise:
+        found.append("tuning.split.noise costs quality, and no bound is claimed for it")
     if config.tuning.seeded:
         return found
     kind = averaging(config.tuning.adapter)

@@ -32,8 +32,12 @@ def whole(folder: Path, shared: Path, **changes: Any) -> Config:
 
 
 def bits(folder: RunFolder) -> list[bytes]:
-    places = (folder.adapter, folder.adapter / "tail")
-    return [(one / "adapter_model.safetensors").read_bytes() for one in places if one.is_dir()]
+    places = (folder.adapter, folder.adapter / "prompt", folder.adapter / "tail")
+    return [
+        (one / "adapter_model.safetensors").read_bytes()
+        for one in places
+        if (one / "adapter_model.safetensors").is_file()
+    ]
 
 
 def cut_bytes(folder: RunFolder) -> int:
@@ -88,9 +92,7 @@ def test_without_a_body_it_says_where_one_is_to_be_named(tmp_path: Path, shared:
 def test_codecs_send_less_and_still_learn(tmp_path: Path, shared: Path, codec: str) -> None:
     raw = run_here(split(tmp_path / "a", shared, **PLAIN))
     rank = {"tuning__split__rank": 24} if codec == "lowrank" else {}
-    packed = run_here(
-        split(tmp_path / "b", shared, **PLAIN, tuning__split__codec=codec, **rank)
-    )
+    packed = run_here(split(tmp_path / "b", shared, **PLAIN, tuning__split__codec=codec, **rank))
     assert cut_bytes(packed) < 0.7 * cut_bytes(raw)
     first, last = raw.metrics()[0]["loss"], raw.metrics()[-1]["loss"]
     gain = first - packed.metrics()[-1]["loss"]
