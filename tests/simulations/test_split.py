@@ -162,7 +162,7 @@ def test_noise_is_on_what_leaves(tmp_path: Path, shared: Path) -> None:
     forward = Body.forward
 
     def record(self: Body, hidden: Any, rows: Any, deep: Any = None) -> Any:
-        seen.append(float(hidden.norm()))
+        seen.append(float(hidden.detach().norm()))
         return forward(self, hidden, rows, deep)
 
     patch = pytest.MonkeyPatch()
