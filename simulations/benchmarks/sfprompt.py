@@ -36,16 +36,17 @@ def kept(file: Path) -> list[dict[str, Any]]:
 
 
 def runs_of(
-    arms: list[Arm], data: str, seeds: range, out: Path, body: str, say: Console
+    arms: list[Arm], data: str, seeds: range, out: Path, body: str, say: Console, rounds: int
 ) -> list[dict[str, Any]]:
     """Run what is missing, one by one, and return all runs."""
     file, found = out / f"runs-{body}.jsonl", []
     for seed in seeds:
         for arm in arms:
-            rate = settings(arm, data, seed, out).tuning.lr
-            mine = {"set": data, "arm": arm.name, "seed": seed, "lr": rate}
+            config = settings(arm, data, seed, out, body, rounds)
+            mine = {"set": data, "arm": arm.name, "seed": seed, "lr": config.tuning.lr,
+                    "rounds": config.federation.rounds}  # fmt: skip
             same = [row for row in kept(file) if mine.items() <= row.items()]
-            row = same[-1] if same else run(arm, data, seed, out, body)
+            row = same[-1] if same else run(arm, data, seed, out, body, rounds)
             found.append(row)
             if not same:
                 with file.open("a") as into:
@@ -111,7 +112,9 @@ def figures(
             gaps = [by[one, s][key] - by[other, s][key] for s in seeds]
             if gaps:
                 name = f"{data}_{key}_{one}_minus_{other}"
-                found[name], found[f"{name}_half"] = interval(gaps)
+                found[name], half = interval(gaps)
+                if len(gaps) > 1:
+                    found[f"{name}_half"] = half
     names = {row["arm"] for row in rows}
     for other in ("whole-full", "whole-lora", "whole-prompt"):
         if {"sfprompt", other} <= names:
@@ -156,7 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--grpc", action="store_true", help="the body in another process")
     parser.add_argument("--no-cost", action="store_true", help="no arithmetic, no memory")
-    parser.add_argument("--quick", action="store_true", help="one seed, three arms, one set")
+    parser.add_argument("--quick", action="store_true", help="one seed, two arms, two rounds")
     parser.add_argument("--out", type=Path, help="where results are kept")
     given = parser.parse_args(arguments)
     out: Path = given.out or Path(tempfile.mkdtemp(prefix="sfprompt"))
@@ -167,8 +170,8 @@ def main(arguments: list[str] | None = None) -> None:
     summary: dict[str, float] = {}
     for data in given.set or (["shakespeare"] if given.quick else list(SETS)):
         body = "process" if given.grpc else "local"
-        rows = runs_of(arms, data, seeds, out, body, Console(stderr=True))
-        costs = {} if given.no_cost else costs_of(arms, data, out)
+        rows = runs_of(arms, data, seeds, out, body, Console(stderr=True), 2 if given.quick else 0)
+        costs = {} if given.no_cost or given.quick else costs_of(arms, data, out)
         Console(width=160).print(table(rows, costs, data))
         draw(rows, data, out / f"sfprompt_{data}.png")
         summary |= figures(rows, costs, data)

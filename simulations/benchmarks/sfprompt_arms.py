@@ -63,8 +63,13 @@ ARMS = (
 )  # fmt: skip
 
 
-def settings(arm: Arm, data: str, seed: int, out: Path, body: str = "local") -> Config:
-    """Return the settings of one run; where the body runs changes no result."""
+def settings(
+    arm: Arm, data: str, seed: int, out: Path, body: str = "local", rounds: int = 0
+) -> Config:
+    """Return the settings of one run; where the body runs changes no result.
+
+    ``rounds`` of 0 are the file's.
+    """
     where = files("fedtune.simulations") / "experiments" / f"sfprompt_{data}.toml"
     with as_file(where) as path:
         config = load(path)
@@ -79,15 +84,19 @@ def settings(arm: Arm, data: str, seed: int, out: Path, body: str = "local") -> 
     if arm.tuning.get("adapter") == "prompt":
         tuning["options"] = {"prompt_tuning_init": "SAMPLE_VOCAB"}
     table |= {"tuning": tuning, "seed": seed, "name": f"{data}-{arm.name}-{seed}"}
+    if rounds:
+        table["federation"]["rounds"] = table["evaluation"]["every"] = rounds
     table["engine"] |= {"workers": 1, "executor": "processes", "body": body}
     table["output"] |= {"folder": str(out / "runs"), "checkpoint_every": 1000}
     return parse(table)
 
 
-def run(arm: Arm, data: str, seed: int, out: Path, body: str = "local") -> dict[str, Any]:
+def run(
+    arm: Arm, data: str, seed: int, out: Path, body: str = "local", rounds: int = 0
+) -> dict[str, Any]:
     """Run one arm with one seed, and return its scores and the bytes on the wire."""
     started = time.monotonic()
-    config = settings(arm, data, seed, out, body)
+    config = settings(arm, data, seed, out, body, rounds)
     folder = create(config)
     simulate(config, folder, lambda _: None)
     rows = folder.metrics()
@@ -96,6 +105,7 @@ def run(arm: Arm, data: str, seed: int, out: Path, body: str = "local") -> dict[
     ]
     found: dict[str, Any] = {
         "set": data, "arm": arm.name, "seed": seed, "lr": config.tuning.lr,
+        "rounds": config.federation.rounds,
         "before": rows[0]["loss"], "loss": rows[-1]["loss"], "accuracy": rows[-1]["accuracy"],
         "accuracy_before": rows[0]["accuracy"],
         "bytes": sum(row.get("bytes_down", 0) + row.get("bytes_up", 0) for row in rows),

@@ -322,8 +322,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--turns", type=int, default=0, help="steps of each variant")
     parser.add_argument("--threads", type=int, default=2, help="1 on a busy machine")
     options = parser.parse_args(arguments)
-    size = replace(Size(rows=1) if options.quick else Size(), threads=options.threads)
-    found = overhead(size, options.turns or (2 if options.quick else 7))
+    size = replace(Size(rows=2) if options.quick else Size(), threads=options.threads)
+    found = overhead(size, options.turns or (3 if options.quick else 7))
     wall, cpu = found.wall, found.cpu
     through, whole = wall["body over gRPC"], wall["whole model"]
     table = Table(
@@ -343,15 +343,15 @@ def main(arguments: list[str] | None = None) -> None:
         )
     Console().print(table)
 
-    many = replace(MANY, threads=options.threads)
-    rates = speeds(many, (1, 2, 8), 1.0 if options.quick else 15.0)
+    many = replace(MANY, threads=options.threads, rows=1 if options.quick else MANY.rows)
+    rates = speeds(many, (1, 2, 8), 0.5 if options.quick else 15.0)
     table = Table(title=f"tokens per second, batches of {many.rows} x {many.length}")
     for name in rates:
         table.add_column("whole model" if name == "whole" else f"{name} clients", justify="right")
     table.add_row(*(f"{rate:,.0f}" for rate in rates.values()))
     Console().print(table)
 
-    steps = 100 if options.quick else 1000
+    steps = 60 if options.quick else 1000
     held = memory(steps, 30 if options.quick else 200)
     Console().print(
         f"server memory over {steps} steps: {held['resident']:.0f} MB, "
