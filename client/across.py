@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -25,7 +25,7 @@ from fedtune.privacy.plan import noise_source
 from fedtune.split.blocks import Cut, cut_of
 from fedtune.split.calls import Service
 from fedtune.split.parts import ends_digest
-from fedtune.split.rows import Rows
+from fedtune.split.rows import Rows, real_of
 from fedtune.wire import Task
 
 __all__ = ["Across", "Noisy", "open_across"]
@@ -88,7 +88,9 @@ class Across:
             It is not, within seconds: better said now than in the first round.
         """
         if client not in self._reached:
-            open_link(self.target, self._caller(client, "hello"), self._settings(client, 10.0))
+            open_link(
+                self.target, self._caller(client, "hello"), self._settings(client, 10.0)
+            ).close()
             self._reached.add(client)
 
     def _caller(self, client: int, job: str) -> Caller:
@@ -192,7 +194,7 @@ class Noisy:
         self, hidden: torch.Tensor, rows: Rows, deep: torch.Tensor | None, step: str, *, grad: bool
     ) -> torch.Tensor:
         """Send a noised hidden state; see ``BodyLink``."""
-        sent = noised(hidden, _within(rows), *self._law).to(hidden.device)
+        sent = noised(hidden, real_of(rows), *self._law).to(hidden.device)
         if grad:
             self._sent[step] = sent
         return self.link.forward(sent, rows, deep, step, grad=grad)
@@ -203,7 +205,7 @@ class Noisy:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """Send a noised gradient; see ``BodyLink``."""
         sent = self._sent.pop(step)
-        returned = noised(grad, _within(rows), *self._law).to(grad.device)
+        returned = noised(grad, real_of(rows), *self._law).to(grad.device)
         return self.link.backward(sent, rows, deep, returned, step)
 
     def go_on(self, session: str, hidden: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -213,10 +215,3 @@ class Noisy:
             hint="generate with the adapter on the whole model",
             code=ExitCode.PRIVACY,
         )
-
-
-def _within(rows: Rows) -> Sequence[tuple[int, int]] | None:
-    """Return where the real positions are among the new ones."""
-    if rows.spans is None:
-        return None
-    return [(max(0, a - rows.past), max(0, b - rows.past)) for a, b in rows.spans]

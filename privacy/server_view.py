@@ -37,7 +37,6 @@ class Crossing(BaseModel):
         Standard deviation on each coordinate, over ``clip``; 0: none.
     clip : float
         L2 norm of what one example sends at once, where there is noise.
-    codec : str
     held_out : bool
         Clients sent held-out text through the cut as well.
     """
@@ -46,7 +45,6 @@ class Crossing(BaseModel):
 
     noise: float = Field(default=0.0, ge=0.0)
     clip: float = Field(default=1.0, gt=0.0)
-    codec: str = "none"
     held_out: bool = False
 
 
@@ -74,7 +72,7 @@ def crossing_of(config: Config) -> Crossing:
     """Return how a run of these settings crosses the cut."""
     split = config.tuning.split
     return Crossing(
-        noise=split.noise, clip=split.clip, codec=split.codec,
+        noise=split.noise, clip=split.clip,
         held_out=bool(config.evaluation.clients),
     )  # fmt: skip
 

@@ -25,7 +25,7 @@ from fedtune.server.tuned import load_tuned
 from fedtune.simulations.audit_view import Disturb, Wire
 from fedtune.split import codec as codecs
 from fedtune.split.blocks import Cut, cut_of, network
-from fedtune.split.rows import Rows
+from fedtune.split.rows import Rows, real_of
 
 __all__ = ["Caught", "Say", "Scene", "disturb", "median_norm", "moved", "observe", "open_scene"]
 
@@ -149,7 +149,7 @@ def disturb(scene: Scene, z: float, clip: float, purpose: str) -> Disturb | None
     source = InsecureSeededNoise(derive(scene.seed, purpose))
 
     def change(values: torch.Tensor, rows: Rows) -> torch.Tensor:
-        noisy = noised(values, _spans(rows), clip, z, source) if z else values
+        noisy = noised(values, real_of(rows), clip, z, source) if z else values
         return noisy if codec == "none" else codecs.decode(codecs.encode(noisy, codec, rank=rank))
 
     return change
@@ -171,17 +171,9 @@ def observe(scene: Scene, z: float = 0.0, clips: tuple[float, float] = (1.0, 1.0
     return Caught(sent[:, -length:], sent[:, : sent.shape[1] - length], wire)
 
 
-def _spans(rows: Rows) -> list[tuple[int, int]] | None:
-    """Return where the real ones of the new positions are."""
-    if rows.spans is None:
-        return None
-    return [(max(0, a - rows.past), max(0, b - rows.past)) for a, b in rows.spans]
-
-
 def median_norm(values: torch.Tensor, rows: Rows) -> float:
     """Return the median L2 norm of an example's record."""
-    spans = _spans(rows) or [(0, rows.length)] * rows.batch
-    norms = [float(row[a:b].norm()) for row, (a, b) in zip(values, spans, strict=True)]
+    norms = [float(row[a:b].norm()) for row, (a, b) in zip(values, real_of(rows), strict=True)]
     return float(np.median(norms)) or 1.0
 
 

@@ -27,7 +27,6 @@ __all__ = [
     "Service",
     "Status",
     "checked",
-    "cut_from",
     "cut_to",
     "loopback",
     "plain",
@@ -213,8 +212,3 @@ def loopback(host: str) -> bool:
 def cut_to(cut: Cut) -> pb.Cut:
     """Return a cut as it travels."""
     return pb.Cut(head=cut.head, tail=cut.tail, count=cut.count)
-
-
-def cut_from(cut: pb.Cut) -> Cut:
-    """Return a cut that has travelled."""
-    return Cut(cut.head, cut.tail, cut.count)

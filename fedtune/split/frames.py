@@ -23,7 +23,6 @@ __all__ = [
     "frames",
     "header_of",
     "payload",
-    "read",
     "rows_from",
     "rows_to",
     "seal",
@@ -181,15 +180,6 @@ def payload(first: pb.Chunk, chunks: Iterable[pb.Chunk], chunk_bytes: int) -> Re
     if came != total:
         raise Refused(Status.INVALID_ARGUMENT, f"{came} bytes of {total} came")
     return Received(header, found)
-
-
-def read(chunks: Iterator[pb.Chunk], tensor_bytes: int, chunk_bytes: int) -> Received:
-    """Read a whole message of tensors no larger than ``tensor_bytes``."""
-    first = header_of(chunks)
-    for info in first.header.tensors:
-        if size_of(info) > tensor_bytes:
-            raise Refused(Status.OUT_OF_RANGE, f"{_called(info)} of {size_of(info)} bytes")
-    return payload(first, chunks, chunk_bytes)
 
 
 def rows_to(rows: Rows) -> pb.Rows:

@@ -10,7 +10,7 @@ import torch
 
 from fedtune.errors import ExitCode, FedtuneError
 
-__all__ = ["Positions", "Rows", "mask_of", "positions_of", "rows_of"]
+__all__ = ["Positions", "Rows", "mask_of", "positions_of", "real_of", "rows_of"]
 
 Positions = Literal["count", "mask-0", "mask-1"]
 """``count``: 0, 1, 2, ... ``mask-0``, ``mask-1``: counted over real tokens, 0 or 1 at padding."""
@@ -107,6 +107,12 @@ def mask_of(rows: Rows) -> torch.Tensor:
     places = torch.arange(width)
     edges = torch.tensor(spans)
     return ((places >= edges[:, :1]) & (places < edges[:, 1:])).long()
+
+
+def real_of(rows: Rows) -> list[tuple[int, int]]:
+    """Return, per row, where its real positions begin and end among the T new ones."""
+    spans = rows.spans or ((0, rows.past + rows.length),) * rows.batch
+    return [(max(0, a - rows.past), max(0, b - rows.past)) for a, b in spans]
 
 
 def positions_of(rows: Rows) -> torch.Tensor:
