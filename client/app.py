@@ -11,13 +11,15 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedtune.client.parties import Parties
+from fedtune.client.secure import Party
 from fedtune.client.worker import Worker
 from fedtune.config import Config
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.models import Base
 from fedtune.split.blocks import Cut
 from fedtune.split.calls import Service
-from fedtune.wire import Task, from_record, to_record
+from fedtune.wire import Advert, Dealt, Revealed, Signed, Task, from_record, to_record
 
 __all__ = ["make_client_app", "worker_for"]
 
@@ -43,8 +45,9 @@ def worker_for(config: Config, folder: Path | None, service: MakeService | None 
 
 
 def make_client_app(
-    config: Config, folder: Path | None = None, service: MakeService | None = None
-) -> ClientApp:
+    config: Config, folder: Path | None = None, service: MakeService | None = None,
+    party_of: Callable[[str], Party] | None = None,
+) -> ClientApp:  # fmt: skip
     """Return the Flower ``ClientApp`` of an experiment.
 
     Parameters
@@ -55,12 +58,23 @@ def make_client_app(
         Where clients keep their optimiser state between rounds.
     service : callable, optional
         Split tuning in simulations: makes the body of this process.
+    party_of : callable, optional
+        Secure aggregation: takes a client's name, returns who it is to the others.
 
     Notes
     -----
     Which client a node is stands in its ``node_config["partition-id"]``.
     """
     app = ClientApp()
+    parties = None
+    if config.federation.secure is not None:
+        if party_of is None:
+            raise FedtuneError(
+                "secure aggregation without an identity for each client",
+                hint="join with a node's key: fedtune keys node", code=ExitCode.SIGNATURE,
+            )  # fmt: skip
+        parties = Parties(config, party_of)
+        _add_masking(app, parties, lambda: worker_for(config, folder, service))
 
     @app.query("hello")
     def hello(message: Message, context: Context) -> Message:
@@ -80,7 +94,11 @@ def make_client_app(
     def train(message: Message, context: Context) -> Message:
         task = from_record(Task, message.content)
         with _discreet(config, folder, context):
-            answer = worker_for(config, folder, service).train(_index(context), task)
+            worker = worker_for(config, folder, service)
+            answer = (
+                parties.train(worker, _index(context), task) if parties
+                else worker.train(_index(context), task)
+            )  # fmt: skip
         return Message(to_record(answer), reply_to=message)
 
     @app.evaluate()
@@ -91,6 +109,31 @@ def make_client_app(
         return Message(to_record(answer), reply_to=message)
 
     return app
+
+
+def _add_masking(app: ClientApp, parties: Parties, worker: Callable[[], Worker]) -> None:
+    """Add the steps of secure aggregation around training; none of them sees a row."""
+
+    @app.query("advert")
+    def advert(message: Message, context: Context) -> Message:
+        asked = from_record(Advert, message.content)
+        answer = parties.advert(worker(), _index(context), asked)
+        return Message(to_record(answer), reply_to=message)
+
+    @app.query("deal")
+    def deal(message: Message, context: Context) -> Message:
+        answer = parties.deal(worker(), _index(context), from_record(Dealt, message.content))
+        return Message(to_record(answer), reply_to=message)
+
+    @app.query("sign")
+    def sign(message: Message, context: Context) -> Message:
+        answer = parties.sign(worker(), _index(context), from_record(Signed, message.content))
+        return Message(to_record(answer), reply_to=message)
+
+    @app.query("reveal")
+    def reveal(message: Message, context: Context) -> Message:
+        answer = parties.reveal(worker(), _index(context), from_record(Revealed, message.content))
+        return Message(to_record(answer), reply_to=message)
 
 
 @contextlib.contextmanager

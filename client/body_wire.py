@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import grpc
 
 from fedtune.errors import ExitCode, FedtuneError
+from fedtune.keys.node import read_key
 from fedtune.split import body_pb2 as pb
 from fedtune.split.calls import (
     OPEN,
@@ -36,7 +37,7 @@ from fedtune.split.frames import (
     payload,
     size_of,
 )
-from fedtune.split.node_keys import Claim, metadata_of, read_key
+from fedtune.split.node_keys import Claim, metadata_of
 
 __all__ = ["Counter", "Due", "LocalWire", "RpcWire", "Traffic", "Wire"]
 

@@ -34,11 +34,17 @@ from fedtune.privacy.clipping import (
     adapter_blocks,
     clip_bits,
 )
-from fedtune.privacy.events import Unit
 from fedtune.privacy.ledger import Account, Claim, Ledger, Reservation, open_ledger
 from fedtune.privacy.noise import NoiseSource
 from fedtune.privacy.per_example import PerExample, example_losses
-from fedtune.privacy.plan import BITS, Promise, dataset_name, example_promise, ledger_place
+from fedtune.privacy.plan import (
+    BITS,
+    Promise,
+    client_promise,
+    dataset_name,
+    example_promise,
+    ledger_place,
+)
 from fedtune.wire import BUDGET, Task
 
 __all__ = [
@@ -46,6 +52,7 @@ __all__ = [
     "clip_after",
     "clip_before",
     "open_guard",
+    "open_shared_guard",
     "require_job",
     "tune_privately",
 ]
@@ -60,9 +67,9 @@ class Guard:
     dataset: str
 
     def account(self, client: str) -> Account:
-        """Return the account of one client's examples."""
+        """Return the account of one client's examples, or of the client as a whole."""
         name = f"{self.dataset}/{client}"
-        return self.ledger.account(name, Unit.EXAMPLE, self.promise.relation)
+        return self.ledger.account(name, self.promise.unit, self.promise.relation)
 
     def require_room(self, client: str, begun: int = 0) -> None:
         """Refuse a plan whose rounds after ``begun`` would pass the owner's cap.
@@ -110,6 +117,14 @@ def open_guard(config: Config) -> Guard | None:
     """Return what keeps ``[privacy.example]``, or None when nothing is promised there."""
     promise = example_promise(config)
     if promise is None:
+        return None
+    return Guard(promise, open_ledger(ledger_place(config)), dataset_name(config))
+
+
+def open_shared_guard(config: Config) -> Guard | None:
+    """Return what admits this client's share of the noise, where clients add it themselves."""
+    promise, settings = client_promise(config), config.privacy.client
+    if promise is None or settings is None or settings.noise_at != "clients":
         return None
     return Guard(promise, open_ledger(ledger_place(config)), dataset_name(config))
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedtune.adapters import Tensors, attach, read, write
+from fedtune.adapters import Tensors, attach, read, trainable, write
 from fedtune.client import mezo
 from fedtune.client.across import Across, open_across
 from fedtune.client.backprop import LocalRun, optimizer, tune
@@ -115,6 +115,12 @@ class Worker:
             )
         return self.federation.shards[index]
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the names and shapes of an update, before it is packed."""
+        if self.config.tuning.seeded:
+            return {"coefficients": (self.config.tuning.pool.size,)}
+        return {name: tuple(value.shape) for name, value in trainable(self._first).items()}
+
     def has_dropout(self) -> bool:
         """Say whether training draws random numbers of its own."""
         shape = settings_of(self.base.model).to_dict()
@@ -162,9 +168,7 @@ class Worker:
             return self._train_privately(self.guard, index, shard, task)
         encoded = self._encode(shard, held=False)
         if not encoded.ids and config.privacy.client is not None:
-            # Who has nothing to say adds nothing; a failure would tell it to all.
-            nothing = nothing_of(config.tuning, split(task.tensors)[0])
-            return Update(task.round, task.attempt, 1, 0, 0, WITHHELD, nothing)
+            return self._nothing(task)
         if not encoded.ids:
             raise FedtuneError(
                 f"client '{shard.name}' has no usable row among {len(shard.train)}",
@@ -196,6 +200,8 @@ class Worker:
         after = read(model)
         delta = {name: after[name] - before[name] for name in before}
         if not math.isfinite(ran.loss) or not all(np.isfinite(d).all() for d in delta.values()):
+            if config.privacy.client is not None:
+                return self._nothing(task)
             raise diverged(shard.name, task.round, ran.loss)
         if home:
             remember(home, optim, after=task.round)
@@ -204,6 +210,11 @@ class Worker:
             return told
         sent = link.take()
         return replace(told, cut_up=sent.bytes_up, cut_down=sent.bytes_down, kept=kept)
+
+    def _nothing(self, task: Task) -> Update:
+        """Return what a client adds that has nothing to say; a failure would tell it to all."""
+        nothing = nothing_of(self.config.tuning, split(task.tensors)[0])
+        return Update(task.round, task.attempt, 1, 0, 0, WITHHELD, nothing)
 
     def _update(self, task: Task, encoded: Encoded, ran: LocalRun, tensors: Tensors) -> Update:
         """Return what leaves; under a promise no figure goes with it."""
@@ -227,6 +238,8 @@ class Worker:
             pad_id=self.base.pad_id,
         )  # fmt: skip
         if not math.isfinite(local.run.loss) or not np.isfinite(local.coefficients).all():
+            if config.privacy.client is not None:
+                return self._nothing(task)
             raise diverged(shard.name, task.round, local.run.loss)
         return self._update(task, encoded, local.run, self._rounded(local, shard, task))
 

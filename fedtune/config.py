@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedtune.config_privacy import ExamplePrivacyConfig, PrivacyConfig
+from fedtune.config_server import SecureConfig, ServerConfig
 from fedtune.config_tuning import PoolConfig, ProbeConfig, SplitConfig, TuningConfig
 from fedtune.prompt import TEMPLATE, split_template
 
@@ -28,6 +29,8 @@ __all__ = [
     "PoolConfig",
     "PrivacyConfig",
     "ProbeConfig",
+    "SecureConfig",
+    "ServerConfig",
     "ServerOptimizerConfig",
     "SplitConfig",
     "TuningConfig",
@@ -69,9 +72,10 @@ class PartitionConfig(BaseModel):
 
     model_config = _STRICT
 
-    by: Literal["column", "iid", "dirichlet", "size"] = "column"
+    by: Literal["column", "iid", "dirichlet", "size", "owner"] = "column"
     column: str = "client"
-    """``column``: the column whose value names the client."""
+    """``column``: the column whose value names the client. ``owner``, which ``fedtune join``
+    sets: all rows are one client's, of this name."""
     clients: int = Field(default=0, ge=0)
     """How many. With ``column``: at most so many, largest first; 0 is all of them."""
     alpha: float = Field(default=0.5, gt=0.0, le=1e6)
@@ -85,7 +89,7 @@ class PartitionConfig(BaseModel):
 
     @model_validator(mode="after")
     def _needs_clients(self) -> PartitionConfig:
-        if self.by != "column" and self.clients == 0:
+        if self.by not in ("column", "owner") and self.clients == 0:
             raise ValueError(f"by='{self.by}' needs clients=N with N of at least 1")
         return self
 
@@ -179,6 +183,9 @@ class FederationConfig(BaseModel):
     residual_rank: int = Field(default=0, ge=0)
     """``fedex``: largest rank of the residual kept; 0 is no limit (always exact)."""
     server_optimizer: ServerOptimizerConfig = ServerOptimizerConfig()
+    secure: SecureConfig | None = None
+    """Secure aggregation. No table: the server sees every update."""
+    server: ServerConfig = ServerConfig()
 
 
 class EvaluationConfig(BaseModel):
@@ -274,6 +281,7 @@ class Config(BaseModel):
             )
         if self.privacy.on:
             _require_private(self)
+        _require_secure(self)
         return self
 
 
@@ -397,3 +405,34 @@ def _require_private(config: Config) -> None:
         ]  # fmt: skip
     if broken := [rule for holds, rule in wanted if not holds]:
         raise ValueError("privacy needs " + "; and ".join(broken))
+
+
+def _require_secure(config: Config) -> None:
+    """Refuse what a sum of whole numbers, of which nobody sees the parts, cannot do."""
+    federation, client = config.federation, config.privacy.client
+    if federation.secure is None:
+        if client is not None and client.noise_at == "clients":
+            raise ValueError(
+                "privacy.client.noise_at='clients' needs [federation.secure]: a single client's "
+                "share of the noise hides nothing from a server that sees single updates"
+            )
+        return
+    tuning = config.tuning
+    wanted: list[tuple[bool, str]] = [
+        (federation.aggregation == "mean",
+         "federation.aggregation='mean': the others need single updates"),
+        (federation.weighting == "uniform",
+         "federation.weighting='uniform': nobody may know a client's weight"),
+        (tuning.method != "fedkseed-pro",
+         "another method than 'fedkseed-pro': its history is told by each client"),
+        (not tuning.seeded or tuning.pool.groups == 1,
+         "tuning.pool.groups=1: whether coefficients stay in their group cannot be seen"),
+        (client is None or client.noise_at == "clients",
+         "privacy.client.noise_at='clients': with noise at the server its sum would be bare"),
+        (client is None or federation.secure.honest(client.population) >= 1,
+         "federation.secure.colluding below the survivors of privacy.client.population"),
+        ((client is not None) != (federation.secure.clip_norm > 0),
+         "federation.secure.clip_norm above 0 without [privacy.client], and 0 with it: it has one"),
+    ]  # fmt: skip
+    if broken := [rule for holds, rule in wanted if not holds]:
+        raise ValueError("secure aggregation needs " + "; and ".join(broken))

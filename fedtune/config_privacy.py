@@ -71,7 +71,7 @@ class ExamplePrivacyConfig(BaseModel):
 class ClientPrivacyConfig(BaseModel):
     """Everything that one client contributes is hidden from who gets the model.
 
-    The server is trusted: it sees updates before the noise.
+    With ``noise_at = "server"`` the server is trusted: it sees updates before the noise.
     """
 
     model_config = _STRICT
@@ -83,6 +83,9 @@ class ClientPrivacyConfig(BaseModel):
     epsilon: float = Field(default=0.0, ge=0.0)
     """Bound of the whole run. 0: none, noise_multiplier rules."""
     noise_multiplier: float = Field(default=0.0, ge=0.0)
+    noise_at: Literal["server", "clients"] = "server"
+    """``clients``: each adds a share of the noise, and the server, which needs
+    ``[federation.secure]``, sees the noisy sum alone: it need not be trusted."""
     sampler: Literal["poisson", "truncated-poisson", "everyone"] = "poisson"
     """Who takes part in a round: an independent secret coin per client, or everybody."""
     cap: int = Field(default=0, ge=0)
@@ -99,6 +102,15 @@ class ClientPrivacyConfig(BaseModel):
         _target(self.epsilon, self.noise_multiplier, self.delta, self.population)
         if (self.sampler == "truncated-poisson") != bool(self.cap):
             raise ValueError("sampler='truncated-poisson' and cap belong together")
+        if self.noise_at == "clients" and (self.sampler != "everyone" or self.clip != "flat"):
+            raise ValueError(
+                f"noise_at='clients' with sampler='{self.sampler}', clip='{self.clip}': the server "
+                "knows who takes part, so no sampling counts; use sampler='everyone', clip='flat'"
+            )
+        if self.noise_at == "clients" and self.relation != "replace-special":
+            raise ValueError(
+                "noise_at='clients' is accounted with a public cohort: relation='replace-special'"
+            )
         if self.cap and self.relation != "replace-special":
             raise ValueError(
                 "sampler='truncated-poisson' is accounted with a public number of clients only: "

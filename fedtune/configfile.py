@@ -194,7 +194,13 @@ def _with_paths(config: Config, base: Path) -> Config:
     if privacy.ledger and "://" not in privacy.ledger:
         ledger = _resolve(privacy.ledger, base)
         privacy = privacy.model_copy(update={"ledger": ledger})
-    return config.model_copy(update={"data": data, "model": model, "privacy": privacy})
+    server = config.federation.server
+    places = {name: _resolve(getattr(server, name), base) for name in ("keys", "state")}
+    if server.status_token:
+        places["status_token"] = _resolve(server.status_token, base)
+    federation = config.federation.model_copy(update={"server": server.model_copy(update=places)})
+    found = {"data": data, "model": model, "privacy": privacy, "federation": federation}
+    return config.model_copy(update=found)
 
 
 def _resolve(text: str, base: Path) -> str:

@@ -26,11 +26,18 @@ from fedtune.measure import Counts
 
 __all__ = [
     "BUDGET",
+    "REVEALED",
     "WITHHELD",
+    "Accepted",
+    "Advert",
+    "Dealt",
     "Evaluation",
     "Hello",
+    "Revealed",
     "Share",
+    "Signed",
     "Task",
+    "Terms",
     "Update",
     "from_record",
     "pack_tensors",
@@ -44,6 +51,9 @@ WITHHELD = -1.0
 
 BUDGET = "budget exhausted"
 """Begins the reason of a client whose own ledger refuses."""
+
+REVEALED = "this round's update left under masks once"
+"""Begins the reason of a client that will not add the same update to another sum."""
 
 _FIELDS, _TENSORS = "fields", "tensors"
 _OPTIONAL = frozenset({"cut_up", "cut_down", "kept"})
@@ -146,8 +156,74 @@ class Share:
     tensors: dict[str, NDArray[np.uint8]]
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What a server proposes to a node before anything else: ``query.terms``.
+
+    ``terms`` is the experiment as ``fedtune.terms`` writes it, ``roster`` the signed list of
+    who is enrolled, as bytes (uint8).
+    """
+
+    job: str
+    terms: str
+    fingerprint: str
+    tensors: dict[str, NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A node's word that its owner's policy allows the terms of this digest."""
+
+    client: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Advert:
+    """Secure aggregation, step 1: one attempt's public keys, signed; ``job`` is asked for."""
+
+    round: int
+    attempt: int
+    tensors: dict[str, NDArray[Any]]
+    job: str = ""
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """Step 2: encrypted shares for the neighbours."""
+
+    round: int
+    attempt: int
+    tensors: dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Signed:
+    """Step 4: a survivor's signature of who survived; step 3 is a masked ``Update``."""
+
+    round: int
+    attempt: int
+    tensors: dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Revealed:
+    """Step 5: what takes the masks off the sum, and off nothing else."""
+
+    round: int
+    attempt: int
+    tensors: dict[str, NDArray[Any]]
+
+
 _TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
-_Record = TypeVar("_Record", Hello, Task, Update, Evaluation, Share)
+Record = (
+    Hello | Task | Update | Evaluation | Share | Terms | Accepted | Advert | Dealt | Signed
+    | Revealed
+)  # fmt: skip
+_Record = TypeVar(
+    "_Record", Hello, Task, Update, Evaluation, Share, Terms, Accepted, Advert, Dealt, Signed,
+    Revealed,
+)  # fmt: skip
 
 
 def pack_tensors(tensors: Mapping[str, NDArray[Any]]) -> bytes:
@@ -164,7 +240,7 @@ def unpack_tensors(blob: bytes) -> dict[str, NDArray[Any]]:
         raise FedtuneError(f"tensors cannot be read: {error}", code=ExitCode.ENGINE) from error
 
 
-def to_record(value: Hello | Task | Update | Evaluation | Share) -> RecordDict:
+def to_record(value: Record) -> RecordDict:
     """Encode one of the records."""
     scalars = {f.name: getattr(value, f.name) for f in fields(value) if f.name != _TENSORS}
     scalars = {name: one for name, one in scalars.items() if one or name not in _OPTIONAL}

@@ -110,7 +110,12 @@ class Ran(BaseModel):
 
     unit: Unit
     relation: Relation
-    noised_by: Literal["client", "server"]
+    noised_by: Literal["client", "server", "clients"]
+    """``clients``: each adds a share, and only a secure sum of all comes out."""
+    honest: Whole | None = None
+    """``clients``: so many honest clients' shares are in every sum, at least."""
+    colluding: int = Field(default=0, ge=0)
+    """``clients``: so many more may be in it whose shares are known to who attacks."""
     sampling: Sampling
     clip: Clip
     noise: Noise

@@ -90,7 +90,9 @@ def to_grid(value: NDArray[Any], grid: float, name: str) -> NDArray[np.int64]:
     return steps.astype(np.int64)
 
 
-def clip_update(update: Mapping[str, NDArray[Any]], clip: float) -> dict[str, NDArray[np.int64]]:
+def clip_update(
+    update: Mapping[str, NDArray[Any]], clip: float, grid: float | None = None
+) -> dict[str, NDArray[np.int64]]:
     """Return an update as whole grid steps whose L2 norm is at most ``clip``, exactly.
 
     One norm over all tensors together. An update with a NaN or an infinity anywhere
@@ -103,11 +105,14 @@ def clip_update(update: Mapping[str, NDArray[Any]], clip: float) -> dict[str, ND
         Any shapes.
     clip : float
         In the unit of the update.
+    grid : float or None
+        A coarser step than ``grid_of(clip, coordinates)``, a power of two. A step so coarse
+        that rounding takes all the room gives zeros.
 
     Returns
     -------
     dict of name to int64 array
-        Same names and shapes, in steps of ``grid_of(clip, coordinates)``.
+        Same names and shapes, in steps of ``grid``.
 
     Raises
     ------
@@ -124,7 +129,14 @@ def clip_update(update: Mapping[str, NDArray[Any]], clip: float) -> dict[str, ND
     {'a': array([0, 0])}
     """
     size = _size_of(update)
-    grid = grid_of(clip, size)
+    finest = grid_of(clip, size)
+    grid = finest if grid is None else grid
+    if not (math.isfinite(grid) and grid >= finest and math.frexp(grid)[0] == 0.5):
+        raise FedtuneError(
+            f"grid {grid!r} for a clip norm of {clip:g} over {size} coordinates",
+            hint=f"use a power of two, {finest:g} or more",
+            code=ExitCode.PRIVACY,
+        )
     zero = {name: np.zeros(value.shape, np.int64) for name, value in update.items()}
     # not max() of Python, which a NaN passes through unseen
     peak = float(np.max([np.max(np.abs(value)) for value in update.values()]))
@@ -134,6 +146,8 @@ def clip_update(update: Mapping[str, NDArray[Any]], clip: float) -> dict[str, ND
     scaled = {name: value.astype(np.float64) / peak for name, value in update.items()}
     length = math.sqrt(sum(float(np.vdot(value, value)) for value in scaled.values()))
     room = clip * (1.0 - SLACK) - grid * math.sqrt(size) / 2.0
+    if room <= 0:
+        return zero
     factor = min(peak, room / length) / grid
     steps = {name: np.rint(value * factor).astype(np.int64) for name, value in scaled.items()}
     norm_squared = sum(int(np.vdot(value, value)) for value in steps.values())

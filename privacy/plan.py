@@ -31,6 +31,8 @@ __all__ = [
     "dataset_name",
     "default_ledger",
     "example_promise",
+    "honest_survivors",
+    "least_survivors",
     "ledger_place",
     "noise_source",
     "promises",
@@ -159,6 +161,41 @@ def client_promise(config: Config) -> Promise | None:
         _noise_of(settings, sampler, rounds), probability * settings.population, micro_batch=1,
     )  # fmt: skip
     return Promise(Unit.CLIENT, mechanism, settings, rounds, 1)
+
+
+def least_survivors(config: Config) -> int:
+    """Return the fewest updates that a secure sum must hold; every client enforces it.
+
+    Under a promise about clients it is a share of the public population, so that the noise
+    does not depend on who came.
+
+    Raises
+    ------
+    FedtuneError
+        There is no secure aggregation.
+    """
+    secure, client = config.federation.secure, config.privacy.client
+    if secure is None:
+        raise FedtuneError("no [federation.secure]", code=ExitCode.CONFIG)
+    return max(2, secure.least(client.population if client else secure.min_cohort))
+
+
+def honest_survivors(config: Config) -> int:
+    """Return how many honest clients' noise is in every secure sum, at least.
+
+    Raises
+    ------
+    FedtuneError
+        There is no secure aggregation, or nobody would be honest.
+    """
+    secure = config.federation.secure
+    found = least_survivors(config) - (secure.colluding if secure else 0)
+    if found < 1:
+        raise FedtuneError(
+            "federation.secure.colluding leaves nobody honest in the smallest sum",
+            hint="raise federation.secure.threshold, or lower colluding", code=ExitCode.PRIVACY,
+        )  # fmt: skip
+    return found
 
 
 def promises(config: Config) -> tuple[Promise, ...]:

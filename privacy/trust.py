@@ -79,6 +79,29 @@ _TRUST = {
     ),
 }
 
+_TRUST[Unit.CLIENT, "clients"] = Trust(
+    title="Everything of one client",
+    model="Distributed. Every client adds a share of the noise, and secure aggregation shows the "
+    "server nothing but the noisy sum. The noise of {honest} alone keeps the bound.",
+    leaks="Whether any one client's text was used, and anything about all of it",
+    bounded_for=(
+        "the server, also when it does not follow the protocol",
+        "{others}",
+        "everybody who gets the model",
+        "whoever reads messages on the network",
+    ),
+    unbounded_for=(
+        "the client itself (it holds the text), and whoever breaks into it",
+        "{knowing}",
+        "a server together with so many clients that fewer than {honest} are left in a sum",
+        "whoever holds the federation's authority and enrols clients that do not exist",
+    ),
+    beyond=(
+        "A person who stands behind several clients: the bound grows, see the group table.",
+        "What many clients have in common is learnt; that is the purpose of training.",
+    ),
+)
+
 _OMITTED = (
     Omission(what="Time, size and number of messages", why="nothing hides them"),
     Omission(
@@ -133,10 +156,38 @@ def trust_of(ran: Ran, *, split: bool = False) -> Trust:
     if found is None:
         raise FedtuneError(
             f"no statement for unit='{ran.unit.value}' with noise added by the {ran.noised_by}",
-            hint="examples are protected by noise at the client, clients by noise at the server",
+            hint="examples are protected by noise at the client, clients by noise at the server or "
+            "at all clients",
             code=ExitCode.PRIVACY,
         )
+    if ran.noised_by == "clients":
+        found = _counted(found, plural(ran.honest or 1, "honest client"), ran.colluding)
     return _cut(found) if split else found
+
+
+def _counted(trust: Trust, honest: str, colluding: int) -> Trust:
+    """Return the row with the numbers of clients that it counts on.
+
+    A client whose share is in a sum knows that share: against it only the others' noise counts.
+    """
+    others = f"{plural(colluding, 'other client')}, also together with the server"
+    known = "another client whose share of the noise is in a sum (it knows its own)"
+    words = {
+        "{honest}": honest,
+        "{others}": others if colluding else "",
+        "{knowing}": "" if colluding else known,
+    }
+
+    def filled(text: str) -> str:
+        for mark, word in words.items():
+            text = text.replace(mark, word)
+        return text
+
+    return replace(
+        trust, model=filled(trust.model),
+        bounded_for=tuple(who for who in map(filled, trust.bounded_for) if who),
+        unbounded_for=tuple(who for who in map(filled, trust.unbounded_for) if who),
+    )  # fmt: skip
 
 
 def _cut(trust: Trust) -> Trust:

@@ -31,10 +31,18 @@ from fedtune.privacy.facts import (
 )
 from fedtune.privacy.lattice import grid_of
 from fedtune.privacy.ledger import open_ledger
-from fedtune.privacy.plan import Promise, dataset_name, ledger_place, noise_source, promises
+from fedtune.privacy.plan import (
+    Promise,
+    dataset_name,
+    honest_survivors,
+    ledger_place,
+    noise_source,
+    promises,
+)
 from fedtune.privacy.report import build, card_lines, summary
 from fedtune.privacy.report_ledger import read_extract
 from fedtune.privacy.server_view import crossing_of
+from fedtune.privacy.summing import summing
 from fedtune.server.run_folder import RunFolder
 from fedtune.server.tuned import Tuned
 
@@ -54,11 +62,22 @@ def disclose(tuned: Tuned, folder: RunFolder, ended: Ended = "finished") -> None
         return
     extract: Mapping[str, Any] = {"schema": 1, "job": folder.job(), "accounts": []}
     if config.privacy.on:
-        extract = open_ledger(ledger_place(config)).extract(folder.job(), compact=True)
+        extract = _extract(config, folder)
         _require_all(config, extract, _rounds(folder))
     write_json(folder.path / "ledger.json", extract)
     facts = facts_of(tuned, folder, ended)
     write_json(folder.path / "privacy_facts.json", facts.model_dump(mode="json"))
+
+
+def _extract(config: Config, folder: RunFolder) -> Mapping[str, Any]:
+    """Return what the ledgers hold: this machine's, and of clients elsewhere the server's copy."""
+    if not folder.books.exists():
+        return open_ledger(ledger_place(config)).extract(folder.job(), compact=True)
+    extract = open_ledger(folder.books).extract(folder.job(), compact=True)
+    if config.privacy.client is not None:
+        central = open_ledger(ledger_place(config)).extract(folder.job(), compact=True)
+        extract["accounts"] = [*extract["accounts"], *central["accounts"]]
+    return extract
 
 
 def statement_of(folder: RunFolder) -> tuple[dict[str, Any], list[str]]:
@@ -132,6 +151,7 @@ def _ran(tuned: Tuned, promise: Promise, rounds: int) -> Ran:
     config, settings, mechanism = tuned.config, promise.settings, promise.mechanism
     source = noise_source(config)
     by: Literal["client", "server"] = "client" if promise.unit is Unit.EXAMPLE else "server"
+    shared = getattr(settings, "noise_at", "") == "clients"
     scheme = _SCHEMES[settings.sampler]
     parameters = {name: p.numel() for name, p in trainable(tuned.model).items()}
     numbers = released(config, sum(parameters.values()), promise.unit)
@@ -145,7 +165,9 @@ def _ran(tuned: Tuned, promise: Promise, rounds: int) -> Ran:
     return Ran(
         unit=promise.unit,
         relation=promise.relation,
-        noised_by=by,
+        noised_by="clients" if shared else by,
+        honest=honest_survivors(config) if shared else None,
+        colluding=config.federation.secure.colluding if shared and config.federation.secure else 0,
         sampling=Sampling(
             scheme=scheme, probability=mechanism.sampler.rate,
             population=settings.population if scheme == "truncated-poisson" else None,
@@ -156,7 +178,7 @@ def _ran(tuned: Tuned, promise: Promise, rounds: int) -> Ran:
         noise=Noise(
             multiplier=mechanism.noise_multiplier, source=source.name, secure=source.secure,
             law=mechanism.law,
-            grid=grid_of(settings.clip_norm, numbers),
+            grid=_grid(tuned, promise) if shared else grid_of(settings.clip_norm, numbers),
             margin=0.0 if whole else mechanism.margin,
         ),
         denominator=mechanism.denominator,
@@ -166,6 +188,18 @@ def _ran(tuned: Tuned, promise: Promise, rounds: int) -> Ran:
         target_epsilon=settings.epsilon or None,
         units=settings.population,
     )  # fmt: skip
+
+
+def _grid(tuned: Tuned, promise: Promise) -> float:
+    """Return the step of secure sums: coarser, so that they fit 32 bits."""
+    state, settings = tuned.start().adapter, promise.settings
+    shapes = {name: value.shape for name, value in state.items()}
+    if tuned.config.tuning.seeded:
+        shapes = {"coefficients": (tuned.config.tuning.pool.size,)}
+    return summing(
+        shapes, settings.population, settings.clip_norm,
+        multiplier=promise.mechanism.noise_multiplier, honest=honest_survivors(tuned.config),
+    ).grid  # fmt: skip
 
 
 def _trained(config: Config) -> str:
@@ -188,6 +222,7 @@ def _data(config: Config, folder: RunFolder) -> Data:
         "iid": "rows were dealt out at random",
         "dirichlet": f"rows were dealt out by label, Dirichlet({split.alpha:g})",
         "size": "rows were dealt out into clients of unequal size",
+        "owner": "every owner's own text is one client",
     }[split.by]
     if config.privacy.client:
         population = config.privacy.client.population

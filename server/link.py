@@ -11,18 +11,39 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedtune.errors import FedtuneError
-from fedtune.wire import Evaluation, Hello, Share, Task, Update, from_record, size_of, to_record
+from fedtune.server.fast_grid import pauses
+from fedtune.wire import (
+    Accepted,
+    Advert,
+    Dealt,
+    Evaluation,
+    Hello,
+    Record,
+    Revealed,
+    Share,
+    Signed,
+    Update,
+    from_record,
+    size_of,
+    to_record,
+)
 
 __all__ = ["Answer", "GridLink", "Link", "plain"]
 
-_Reply = TypeVar("_Reply", Hello, Update, Evaluation, Share)
-_POLL_SECONDS = 0.02
+_Reply = TypeVar(
+    "_Reply", Hello, Update, Evaluation, Share, Accepted, Advert, Dealt, Signed, Revealed
+)
 _MOST_CHARACTERS = 500
 _KINDS: dict[type, str] = {
     Hello: "query.hello",
     Share: "query.share",
     Update: "train",
     Evaluation: "evaluate",
+    Accepted: "query.terms",
+    Advert: "query.advert",
+    Dealt: "query.deal",
+    Signed: "query.sign",
+    Revealed: "query.reveal",
 }
 
 
@@ -44,7 +65,7 @@ class Link(Protocol):
         ...
 
     def ask(
-        self, reply: type[_Reply], nodes: Iterable[int], task: Task | None, seconds: float
+        self, reply: type[_Reply], nodes: Iterable[int], task: Record | None, seconds: float
     ) -> tuple[int, Iterator[Answer[_Reply]]]:
         """Send one task to many nodes; return its bytes per node, and the answers as they come.
 
@@ -53,13 +74,13 @@ class Link(Protocol):
         ...
 
     def ask_each(
-        self, reply: type[_Reply], tasks: Mapping[int, Task | None], seconds: float
+        self, reply: type[_Reply], tasks: Mapping[int, Record | None], seconds: float
     ) -> tuple[dict[int, int], Iterator[Answer[_Reply]]]:
         """Send each node its own task; return the bytes of each, and the answers as they come."""
         ...
 
 
-def _grouped(tasks: Mapping[int, Task | None]) -> Iterator[tuple[Task | None, list[int]]]:
+def _grouped(tasks: Mapping[int, Record | None]) -> Iterator[tuple[Record | None, list[int]]]:
     """Yield each task once, with its nodes; equal tasks are one object."""
     nodes: dict[int, list[int]] = {}
     for node, task in tasks.items():
@@ -79,14 +100,14 @@ class GridLink:
         return sorted(self._grid.get_node_ids())
 
     def ask(
-        self, reply: type[_Reply], nodes: Iterable[int], task: Task | None, seconds: float
+        self, reply: type[_Reply], nodes: Iterable[int], task: Record | None, seconds: float
     ) -> tuple[int, Iterator[Answer[_Reply]]]:
         """Send one task to many nodes; see ``Link``."""
         sizes, answers = self.ask_each(reply, dict.fromkeys(nodes, task), seconds)
         return max(sizes.values(), default=0), answers
 
     def ask_each(
-        self, reply: type[_Reply], tasks: Mapping[int, Task | None], seconds: float
+        self, reply: type[_Reply], tasks: Mapping[int, Record | None], seconds: float
     ) -> tuple[dict[int, int], Iterator[Answer[_Reply]]]:
         """Send each node its own task; see ``Link``."""
         deadline = time.monotonic() + seconds
@@ -94,7 +115,7 @@ class GridLink:
         waiting: set[str] = set()
         for task, nodes in _grouped(tasks):
             content = to_record(task) if task is not None else RecordDict()
-            group = f"{task.round}.{task.attempt}" if task is not None else ""
+            group = _group(task)
             messages = [
                 Message(content, node, _KINDS[reply], ttl=seconds, group_id=group) for node in nodes
             ]
@@ -105,14 +126,26 @@ class GridLink:
     def _answers(
         self, reply: type[_Reply], waiting: set[str], deadline: float
     ) -> Iterator[Answer[_Reply]]:
+        pause = pauses()
         while waiting and time.monotonic() < deadline:
             heard = False
             for message in self._grid.pull_messages(sorted(waiting)):
+                if message.metadata.reply_to_message_id not in waiting:
+                    continue
                 heard = True
                 waiting.discard(message.metadata.reply_to_message_id)
                 yield _read(reply, message)
-            if not heard:
-                time.sleep(_POLL_SECONDS)
+            if heard:
+                pause = pauses()
+            else:
+                time.sleep(next(pause))
+
+
+def _group(task: Record | None) -> str:
+    """Return the round and attempt of what is asked, for whoever reads Flower's logs."""
+    if task is None or not hasattr(task, "attempt"):
+        return ""
+    return f"{task.round}.{task.attempt}"
 
 
 def _read(reply: type[_Reply], message: Message) -> Answer[_Reply]:

@@ -18,18 +18,20 @@ from fedtune.privacy.accounting import epsilon_of_rdp, rdp
 from fedtune.privacy.events import Unit
 from fedtune.privacy.plan import Promise, promises
 from fedtune.resources import memory_mb
-from fedtune.seeds import derive
 from fedtune.server.aggregate import Cohort, exact_residual
 from fedtune.server.asking import Epochs, Member, ask_members
+from fedtune.server.books import Books
 from fedtune.server.check import problem_of, problem_of_evaluation
 from fedtune.server.checkpoint import State, latest, store
 from fedtune.server.events import ClientDone, Outcome, RoundDone, RoundStarted, Watcher
 from fedtune.server.link import Answer, Link, plain
+from fedtune.server.members import Roll, cohort_of, gather
 from fedtune.server.optimizer import step
 from fedtune.server.poolkey import agreed_key
 from fedtune.server.private import Central, PrivateSum
 from fedtune.server.robust import Ballot, vote_of
 from fedtune.server.run_folder import RunFolder
+from fedtune.server.secure_round import Identities, Secure, SecureSum, open_secure
 from fedtune.server.seeded import (
     add_histories,
     advance,
@@ -41,21 +43,22 @@ from fedtune.server.seeded import (
     widen,
 )
 from fedtune.server.tuned import Tuned
-from fedtune.wire import BUDGET, Evaluation, Hello, Task, Update
+from fedtune.wire import BUDGET, REVEALED, Evaluation, Task, Update
 
-__all__ = ["Member", "cohort_of", "gather", "learning_rate", "run_rounds"]
+__all__ = ["learning_rate", "run_rounds"]
 
 
 @dataclass
 class Round:
     """What one attempt at a round collected, before it counts."""
 
-    cohort: Cohort | PrivateSum | Ballot
+    cohort: Cohort | PrivateSum | Ballot | SecureSum
     row: dict[str, Any]
     private: bool = False
     clients: list[dict[str, Any]] = field(default_factory=list)
     losses: list[tuple[int, float]] = field(default_factory=list)
     histories: list[Tensors] = field(default_factory=list)
+    lost: bool = False
 
     def problems(self) -> str:
         """Return why clients did not count, each reason once."""
@@ -64,8 +67,9 @@ class Round:
 
 
 def run_rounds(
-    link: Link, tuned: Tuned, folder: RunFolder, watch: Watcher, central: Central | None = None
-) -> State:
+    link: Link, tuned: Tuned, folder: RunFolder, watch: Watcher, central: Central | None = None,
+    books: Books | None = None, identities: Identities | None = None,
+) -> State:  # fmt: skip
     """Run the federation from its last committed round to its end.
 
     Parameters
@@ -78,6 +82,10 @@ def run_rounds(
         Hears every event; it must not change anything.
     central : Central or None
         Keeps a promise of client-level privacy.
+    books : Books or None
+        The server's copy of what clients spend, where their ledgers are elsewhere.
+    identities : callable or None
+        Secure aggregation: returns everybody's public identity by name.
 
     Raises
     ------
@@ -87,7 +95,8 @@ def run_rounds(
     """
     config, job = tuned.config, folder.job()
     # A client charges an attempt once, so attempts of a lost session are not used again.
-    first = folder.begin_session() * (config.federation.retries + 1) if config.privacy.on else 0
+    once = config.privacy.on or config.federation.secure is not None
+    first = folder.begin_session() * (config.federation.retries + 1) if once else 0
     state = latest(folder, tuned.fingerprint)
     members = gather(link, tuned, watch, Task(state.round if state else 0, 0, 0, 0.0, {}, job))
     folder.forget_after(state.round if state else -1)
@@ -100,10 +109,14 @@ def run_rounds(
             link, tuned, state, members, epochs, job
         )
         _commit(folder, config, state, row, [], watch)
-    bounds = promises(config)
+    bounds, roll = promises(config), Roll.of(members)
+    secure = open_secure(config, folder, identities)
     while state.round < config.federation.rounds:
+        folder.require_wanted()
         started = time.monotonic()
-        asking = Asking(job, first, central, epochs)
+        begun = Task(state.round, 0, state.round, 0.0, {}, job)
+        members = roll.present(link, tuned, watch, begun, epochs)
+        asking = Asking(job, first, central, epochs, books, secure)
         state, done = _one_round(link, tuned, state, members, watch, asking)
         row = done.row | _bounds(bounds, state.round, central)
         if _is_due(state.round, config):
@@ -111,62 +124,6 @@ def run_rounds(
         row |= {"seconds": round(time.monotonic() - started, 3), "memory_mb": memory_mb()}
         _commit(folder, config, state, row, done.clients, watch)
     return state
-
-
-def gather(
-    link: Link, tuned: Tuned, watch: Watcher, begun: Task | None = None
-) -> tuple[Member, ...]:
-    """Ask every node who it is; return members sorted by client name.
-
-    A node that fails, holds another base model, or takes a name that another node
-    has, is left out, and ``watch`` hears why. ``begun`` says which job it is and how far:
-    a client may refuse a plan that its owner's cap does not allow.
-    """
-    _, answers = link.ask(Hello, link.nodes(), begun, tuned.config.federation.deadline)
-    members: dict[str, Member] = {}
-    problems: dict[str, str] = {}
-    for answer in sorted(answers, key=lambda one: one.node):
-        hello = answer.value
-        if hello is None:
-            problems[f"node {answer.node}"] = answer.problem
-        elif not hello.client or plain(hello.client) != hello.client:
-            problems[f"node {answer.node}"] = f"its name cannot be shown: {plain(hello.client)}"
-        elif hello.fingerprint != tuned.fingerprint:
-            problems[hello.client] = "holds another base model than the server"
-        elif hello.client in members:
-            problems[hello.client] = f"node {answer.node} takes a name that is taken"
-        else:
-            members[hello.client] = Member.of(hello, answer.node)
-    for client, reason in problems.items():
-        watch(ClientDone(0, client, "failed", reason, 0))
-    if not members and problems and all(BUDGET in reason for reason in problems.values()):
-        raise FedtuneError(
-            f"no client's budget allows this run: {next(iter(problems.values()))}",
-            hint="fewer rounds or more noise; or the owners decide: fedtune budget set",
-            code=ExitCode.BUDGET_EXHAUSTED,
-        )
-    if not members:
-        shown = [f"{client}: {reason}" for client, reason in problems.items()]
-        raise FedtuneError(
-            f"no client can take part: {shown[0] if shown else 'no node answered'}",
-            hint="check data and model at the clients",
-            code=ExitCode.QUORUM,
-        )
-    return tuple(members[name] for name in sorted(members))
-
-
-def cohort_of(
-    members: tuple[Member, ...], config: Config, number: int, attempt: int
-) -> list[Member]:
-    """Draw a round's cohort without replacement; the same seed draws the same."""
-    share = config.federation.cohort
-    wanted = round(share * len(members)) if share <= 1 else round(share)
-    size = min(max(1, wanted), len(members))
-    if size == len(members):
-        return list(members)
-    rng = np.random.default_rng(derive(config.seed, "cohort", number, attempt))
-    drawn = rng.choice(len(members), size=size, replace=False)
-    return [members[i] for i in sorted(drawn)]
 
 
 def learning_rate(tuning: TuningConfig, number: int, rounds: int) -> float:
@@ -197,6 +154,8 @@ class Asking:
     first: int
     central: Central | None
     epochs: Epochs
+    books: Books | None = None
+    secure: Secure | None = None
 
 
 def _one_round(
@@ -214,9 +173,11 @@ def _one_round(
             central.draw(members) if central
             else list(cohort_of(members, tuned.config, state.round + 1, attempt))
         )  # fmt: skip
+        if asking.books:
+            asking.books.charge(state.round + 1, attempt, [member.client for member in chosen])
         done = _attempt(link, tuned, state, chosen, attempt, watch, asking)
         needed = 0 if central else max(1, math.ceil(federation.quorum * len(chosen)))
-        if done.cohort.count >= needed:
+        if done.cohort.count >= needed or done.lost:
             after = _apply(tuned, state, done)
             if central and reservation:
                 central.ledger.release(reservation)
@@ -246,6 +207,8 @@ def _attempt(
     task = Task(number, attempt, state.round - state.round % every, lr, {}, asking.job)
     watch(RoundStarted(number, attempt, len(chosen)))
     started = time.monotonic()
+    if asking.secure:
+        return _secured(link, tuned, state, chosen, task, watch, asking, asking.secure)
     sizes, answers = ask_members(link, Update, tuned, state, chosen, task, asking.epochs)
     row = {"round": number, "attempt": attempt, "lr": lr, "bytes_down": sum(sizes.values())}
     summed = central.sum(narrow(tuned, state.adapter, number), state.clip_norm) if central else None
@@ -274,6 +237,34 @@ def _attempt(
     if config.tuning.cut and not done.private:
         crossed = ("cut_up", "cut_down")
         row["bytes_cut"] = sum(entry.get(way, 0) for entry in done.clients for way in crossed)
+    return done
+
+
+def _secured(
+    link: Link, tuned: Tuned, state: State, chosen: list[Member], task: Task, watch: Watcher,
+    asking: Asking, secure: Secure,
+) -> Round:  # fmt: skip
+    """Try a round of which only the sum is seen."""
+    row: dict[str, Any] = {"round": task.round, "attempt": task.attempt, "lr": task.lr}
+    found, told = secure.sum(link, tuned, state, chosen, task, asking.epochs)
+    done = Round(found, row, private=tuned.config.privacy.on)
+    for member in chosen:
+        one = told[member.client]
+        done.clients.append(
+            {"round": task.round, "client": member.client, "outcome": one.outcome,
+             "reason": one.reason, "bytes_down": one.bytes_down, "bytes_up": one.bytes_up}
+        )  # fmt: skip
+        asking.epochs.heard(member.client, _epoch(state), well=one.outcome == "ok")
+        watch(ClientDone(task.round, member.client, one.outcome, one.reason, one.bytes_up))
+    outcomes = [entry["outcome"] for entry in done.clients]
+    # Their masks came off for a sum that died with the server: the round is over without one.
+    lost = sum(entry["reason"].startswith(REVEALED) for entry in done.clients)
+    done.lost = not found.count and lost > 0 and lost * 2 > len(chosen)
+    if not asking.central:
+        kinds = ("ok", "late", "failed", "dropped")
+        row |= {f"clients_{kind}": outcomes.count(kind) for kind in kinds}
+        row |= {way: sum(entry[way] for entry in done.clients) for way in
+                ("bytes_down", "bytes_up")}  # fmt: skip
     return done
 
 
@@ -338,7 +329,9 @@ def _apply(tuned: Tuned, state: State, done: Round) -> State:
     """Turn the cohort's mean into the next state, and note how exact it is."""
     settings = tuned.config.federation
     norm = state.clip_norm
-    if isinstance(done.cohort, PrivateSum):
+    if isinstance(done.cohort, SecureSum):
+        mean, _ = done.cohort.release()
+    elif isinstance(done.cohort, PrivateSum):
         mean, norm = done.cohort.release()
         mean = widen(tuned, mean, state.round + 1)
     else:

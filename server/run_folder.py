@@ -45,6 +45,7 @@ METRICS = (
 )  # fmt: skip
 """Columns of ``metrics.csv``; explained in docs/run-folder.md."""
 
+_STOP = "stop"
 _PACKAGES = ("fedtune", "flwr", "torch", "transformers", "peft", "numpy", "safetensors")
 
 
@@ -122,6 +123,24 @@ class RunFolder:
             self.update_status(job=found)
         return str(found)
 
+    @property
+    def books(self) -> Path:
+        """The server's copy of what clients' own ledgers, elsewhere, hold of this run."""
+        return self.path / "books.db"
+
+    def stop(self) -> None:
+        """Ask whoever works on this run to stop before its next round: ``fedtune runs stop``."""
+        write_atomic(self.path / _STOP, b"")
+
+    def require_wanted(self) -> None:
+        """Raise where somebody asked for this run to stop; the wish is fulfilled by that."""
+        if (self.path / _STOP).exists():
+            (self.path / _STOP).unlink(missing_ok=True)
+            raise FedtuneError(
+                f"run '{self.path.name}' was stopped: fedtune runs stop",
+                hint="its rounds are kept; go on with --resume", code=ExitCode.INTERRUPTED,
+            )  # fmt: skip
+
     def begin_session(self) -> int:
         """Return how often this run was begun before; durable, so that no number comes twice."""
         before = int(self.status().get("sessions", 0))
@@ -194,7 +213,8 @@ def reopen(path: Path, config: Config | None = None) -> RunFolder:
     folder = RunFolder(path)
     own = folder.config()
     if config is not None:
-        free = {"engine": own.engine, "output": own.output}
+        federation = config.federation.model_copy(update={"server": own.federation.server})
+        free = {"engine": own.engine, "output": own.output, "federation": federation}
         if changes := difference(own, config.model_copy(update=free)):
             raise FedtuneError(
                 f"'{path}' was started with other settings: {'; '.join(changes)}",

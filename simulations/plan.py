@@ -25,7 +25,8 @@ from fedtune.privacy.forecast import forecast
 from fedtune.privacy.forecast import lines as private_lines
 from fedtune.privacy.plan import promises, resolve
 from fedtune.privacy.schedule import schedule_of
-from fedtune.server.rounds import Member, cohort_of
+from fedtune.server.asking import Member
+from fedtune.server.members import cohort_of
 from fedtune.server.seeded import COEFFICIENTS, advance, begin, tensors_for
 from fedtune.server.tuned import Tuned, load_tuned
 from fedtune.simulations.plan_split import split_lines, split_plan

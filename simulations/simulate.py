@@ -8,15 +8,18 @@ import hmac
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from fedtune.client.app import MakeService, make_client_app, worker_for
+from fedtune.client.secure import Party
 from fedtune.config import Config
 from fedtune.configfile import dumps
 from fedtune.data import Federation, digest, load
@@ -63,9 +66,13 @@ def simulate(config: Config, folder: RunFolder, watch: Watcher) -> Federation:
         federation = load(config.data, config.seed)
         found = digest(federation)
         _require_same_data(folder, _keyed(found, folder) if config.privacy.on else found)
-        server = make_server_app(config, federation.labels, folder, watch, outcome)
+        parties = _parties(config, federation)
+        server = make_server_app(
+            config, federation.labels, folder, watch, outcome,
+            (lambda: parties.public) if parties else None,
+        )  # fmt: skip
         run = {"local": _local, "ray": _ray}[config.engine.kind]
-        run(config, server, folder.clients, len(federation.shards))
+        run(config, server, folder.clients, len(federation.shards), parties)
         outcome.check()
     if not outcome.finished:
         raise FedtuneError(
@@ -74,6 +81,37 @@ def simulate(config: Config, folder: RunFolder, watch: Watcher) -> Federation:
             code=ExitCode.ENGINE,
         )
     return federation
+
+
+@dataclass(frozen=True)
+class _Identities:
+    """Fresh identities of simulated clients, which all know each other."""
+
+    signers: Mapping[str, Ed25519PrivateKey] = field(repr=False)
+
+    @property
+    def public(self) -> dict[str, Ed25519PublicKey]:
+        """Return everybody's public key."""
+        return {name: key.public_key() for name, key in self.signers.items()}
+
+    def party(self, name: str) -> Party:
+        """Return who a client is to the others."""
+        return Party(name, self.signers[name], lambda: self.public)
+
+
+def _parties(config: Config, federation: Federation) -> _Identities | None:
+    """Return identities where sums are secure.
+
+    Masks live in memory from one message to the next, so that one process must have them all.
+    """
+    if config.federation.secure is None:
+        return None
+    if config.engine.kind == "ray":
+        raise FedtuneError(
+            "engine.kind='ray' with [federation.secure]: a client's masks must stay in one process",
+            hint="use engine.kind='local'", code=ExitCode.ENGINE,
+        )  # fmt: skip
+    return _Identities({one.name: Ed25519PrivateKey.generate() for one in federation.shards})
 
 
 def _with_ledger(config: Config, folder: RunFolder) -> Config:
@@ -129,9 +167,11 @@ def _failure_noted(folder: RunFolder) -> Iterator[None]:
         raise
 
 
-def _local(config: Config, server: ServerApp, home: Path, clients: int) -> None:
+def _local(
+    config: Config, server: ServerApp, home: Path, clients: int, parties: _Identities | None
+) -> None:
     with _body(config) as reached:
-        grid = LocalGrid(_executor(reached, home, clients), clients)
+        grid = LocalGrid(_executor(reached, home, clients, parties), clients)
         try:
             server(grid, Context(1, 0, {}, RecordDict(), {}))
         finally:
@@ -154,8 +194,11 @@ def _body(config: Config) -> Iterator[Config]:
             yield config.model_copy(update={"engine": engine})
 
 
-def _executor(config: Config, home: Path, clients: int) -> Executor:
+def _executor(config: Config, home: Path, clients: int, parties: _Identities | None) -> Executor:
     settings = config.engine
+    if parties is not None:
+        app = make_client_app(config, home.resolve(), _service(config), parties.party)
+        return ThreadExecutor(app, 1)
     workers = min(settings.workers or max(1, cores() // settings.threads), clients)
     make = partial(_client_app, config, home.resolve())
     if settings.executor == "processes":
@@ -185,7 +228,9 @@ def _service(config: Config) -> MakeService | None:
     return local_service
 
 
-def _ray(config: Config, server: ServerApp, home: Path, clients: int) -> None:
+def _ray(
+    config: Config, server: ServerApp, home: Path, clients: int, parties: _Identities | None
+) -> None:
     """Drive the same apps with Flower's own simulation runtime."""
     try:
         import ray  # noqa: F401

@@ -15,8 +15,11 @@ import typer
 from fedtune.cli.audit import audit
 from fedtune.cli.body import body
 from fedtune.cli.budget import budget
+from fedtune.cli.join import join
+from fedtune.cli.keys import keys
 from fedtune.cli.out import Out, reporting
 from fedtune.cli.report import report
+from fedtune.cli.serve import serve
 from fedtune.errors import ExitCode, FedtuneError
 
 __all__ = ["run"]
@@ -30,9 +33,14 @@ app = typer.Typer(
 runs = typer.Typer(help="Look at what was run.", no_args_is_help=True)
 app.add_typer(runs, name="runs")
 app.add_typer(budget, name="budget")
+app.add_typer(keys, name="keys")
 app.command()(report)
 app.command()(audit)
 app.command()(body)
+app.command()(serve)
+app.command()(join)
+
+_KEYED = ("key", "certificate", "TLS", "clock", "identity")
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON envelope on stdout.")]
 Set = Annotated[
@@ -121,6 +129,34 @@ def simulate(
         _simulate(out, file, override or [], resume, seed)
 
 
+@app.command("deal")
+def deal_rows(
+    file: File,
+    to: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where the files go.")],
+    override: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Write each simulated client's rows as a file, to try an experiment with real nodes."""
+    with reporting(Out("deal", as_json)) as out:
+        from fedtune.configfile import load
+        from fedtune.data import deal
+        from fedtune.files import write_atomic
+        from fedtune.keys.node import check_name
+
+        config = load(file, override or [])
+        parts = deal(config.data, config.seed)
+        files = {}
+        for name, rows in parts.items():
+            path = to / f"{check_name(name)}.jsonl"
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_atomic(path, text.encode())
+            files[name] = {"file": str(path), "rows": len(rows)}
+        out.result(
+            {"clients": files},
+            "\n".join(f"{one['file']}  {one['rows']} rows" for one in files.values()),
+        )
+
+
 @app.command("export")
 def export_run(
     name: Annotated[str, typer.Argument(metavar="RUN", help="Folder, name, or 'latest'.")],
@@ -147,13 +183,43 @@ def export_run(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
-    """Say what this machine has and which engines work here."""
+def doctor(
+    server: Annotated[
+        str, typer.Option("--server", metavar="HOST:PORT", help="A federation to join.")
+    ] = "",
+    key: Annotated[Path | None, typer.Option("--key", help="This node's key.")] = None,
+    ca: Annotated[Path, typer.Option("--ca", help="The federation's ca.pem.")] = Path("ca.pem"),
+    policy: Annotated[
+        Path | None, typer.Option("--policy", help="The owner's policy, to be judged by it.")
+    ] = None,
+    home: Annotated[Path | None, typer.Option("--home", help="The node's folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what this machine has, or what keeps it from joining a federation."""
     with reporting(Out("doctor", as_json)) as out:
-        from fedtune.cli.doctor import examine
+        from fedtune.cli.doctor import examine, examine_server
 
-        found = examine()
-        out.result(found, _as_lines(found))
+        if not server:
+            found = examine()
+            out.result(found, _as_lines(found))
+            return
+        if key is None:
+            raise FedtuneError(
+                "--server needs --key", hint="fedtune keys node NAME makes one",
+                code=ExitCode.USAGE,
+            )  # fmt: skip
+        checks = examine_server(server, key, ca, policy, home)
+        out.result(
+            {"ok": all(one["ok"] for one in checks), "checks": checks},
+            "\n".join(
+                f"{'ok   ' if one['ok'] else 'WRONG'}  {one['name']}: {one['words']}"
+                + (f"\n       {one['fix']}" if one["fix"] and not one["ok"] else "")
+                for one in checks
+            ),
+        )
+        if not all(one["ok"] for one in checks):
+            raise typer.Exit(ExitCode.SIGNATURE if checks[-1]["name"] in _KEYED else
+                             ExitCode.ENGINE)  # fmt: skip
 
 
 @runs.command("list")
@@ -200,6 +266,26 @@ def show(
         )
         value = {"path": str(one.path), "status": one.status(), "metrics": rows}
         out.result(value | {"settings": list(settings)}, text)
+
+
+@runs.command("stop")
+def stop(
+    name: Annotated[str, typer.Argument(metavar="RUN", help="Folder, name, or 'latest'.")],
+    folder: Root = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Stop a run before its next round; its rounds are kept, and it can be resumed."""
+    with reporting(Out("runs stop", as_json)) as out:
+        from fedtune.server.run_folder import find
+
+        one = find(name, folder)
+        if not one.is_alive():
+            raise FedtuneError(
+                f"nobody works on run '{one.path}'", hint="see: fedtune runs list",
+                code=ExitCode.RUN_FOLDER,
+            )  # fmt: skip
+        one.stop()
+        out.result({"run": str(one.path)}, f"run '{one.path.name}' stops before its next round")
 
 
 def _simulate(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import platform
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import psutil
 
-from fedtune.errors import FedtuneError
+from fedtune.errors import ExitCode, FedtuneError
 from fedtune.resources import cores
 
-__all__ = ["examine"]
+__all__ = ["examine", "examine_server"]
 
 _PACKAGES = (
     "fedtune", "flwr", "torch", "transformers", "peft", "datasets", "flwr-datasets", "numpy",
@@ -37,6 +40,57 @@ def examine() -> dict[str, Any]:
         "engines": {"local": _local(), "ray": _ray()},
         "model fedtune:tiny": _tiny(),
     }
+
+
+def examine_server(
+    server: str, key: Path, ca: Path, policy: Path | None, home: Path | None
+) -> list[dict[str, Any]]:
+    """Return what was checked on the way into a federation, up to the first thing that is wrong.
+
+    Files first, then name, port, TLS, clock, version and key; with a policy, whether it reads,
+    and whether it allows what was last proposed to this node.
+    """
+    from fedtune.cli.join import door_of
+    from fedtune.client.fleet_checks import Check, diagnose
+    from fedtune.keys.node import read_identity
+
+    found: list[Check] = []
+    for name, act in (
+        ("identity", lambda: f"'{read_identity(key).name}' from '{key}'"),
+        ("certificate", lambda: f"'{ca}' is a federation's" if door_of(server, key, ca) else ""),
+        ("policy", lambda: _judged(policy, home or key.with_name(f"{key.stem}.node"))),
+    ):
+        try:
+            found.append(Check(name, True, act()))
+        except FedtuneError as error:
+            found.append(Check(name, False, str(error), error.hint))
+            return [asdict(one) for one in found]
+    return [asdict(one) for one in (*found, *diagnose(door_of(server, key, ca)))]
+
+
+def _judged(policy: Path | None, home: Path) -> str:
+    """Say how a policy stands to what was last proposed.
+
+    Raises
+    ------
+    FedtuneError
+        It cannot be read, or does not allow it.
+    """
+    from fedtune.client.policy import judge, read_policy
+    from fedtune.terms import Own, accept
+
+    rules = read_policy(policy)
+    last = home / "proposed.json"
+    if not last.is_file():
+        return "reads well; no experiment was proposed here yet"
+    proposed = json.loads(last.read_text(encoding="utf-8"))
+    own = Own(home.stem, str(home), rules.dataset or "text", str(home / "ledger.db"), str(home))
+    if problems := judge(rules, accept(proposed["terms"], own)):
+        raise FedtuneError(
+            f"does not allow '{proposed['job']}': {'; '.join(problems)}",
+            hint="the owner decides", code=ExitCode.PRIVACY,
+        )  # fmt: skip
+    return f"allows '{proposed['job']}'"
 
 
 def _version(name: str) -> str:

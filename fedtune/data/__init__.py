@@ -5,13 +5,14 @@ tokens, ``plan_order`` fixes the order of training and ``batches`` makes tensors
 """
 
 from fedtune.data.encode import Encoded, batches, encode, plan_order
-from fedtune.data.partition import Federation, Shard, digest, load, load_eval
+from fedtune.data.partition import Federation, Shard, deal, digest, load, load_eval
 
 __all__ = [
     "Encoded",
     "Federation",
     "Shard",
     "batches",
+    "deal",
     "digest",
     "encode",
     "load",

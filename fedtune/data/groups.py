@@ -51,6 +51,8 @@ def group(
     how = data.partition
     if how.by == "column":
         groups = _by_column(rows, columns, how, notes)
+    elif how.by == "owner":
+        groups = {how.column: list(range(len(rows)))}
     else:
         groups = _by_library(rows, columns, data, seed)
     kept = {name: found for name, found in groups.items() if len(found) >= how.min_rows}

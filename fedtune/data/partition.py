@@ -16,7 +16,7 @@ from fedtune.data.row import Row, check_columns, check_label, columns_of, usable
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.seeds import derive
 
-__all__ = ["Federation", "Shard", "digest", "load", "load_eval", "partition"]
+__all__ = ["Federation", "Shard", "deal", "digest", "load", "load_eval", "partition"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,17 @@ def load(data: DataConfig, seed: int) -> Federation:
     table = read_table(data, data.source)
     federation = partition(table.rows, data, seed)
     return Federation(federation.shards, federation.labels, table.notes + federation.notes)
+
+
+def deal(data: DataConfig, seed: int) -> dict[str, list[Row]]:
+    """Return each client's rows as they are in the source, before any is held out.
+
+    A node that has a client's rows as its file trains on what the simulated client trains on.
+    """
+    rows = read_table(data, data.source).rows
+    check_columns(columns_of(rows), data)
+    groups, _ = group(rows, data, seed)
+    return {name: [rows[i] for i in groups[name]] for name in sorted(groups)}
 
 
 def load_eval(data: DataConfig, labels: Sequence[str]) -> tuple[Row, ...]:

@@ -7,7 +7,6 @@ call's header, which itself names the SHA-256 of every tensor.
 
 from __future__ import annotations
 
-import os
 import secrets
 import threading
 import time
@@ -16,11 +15,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedtune.errors import ExitCode, FedtuneError
+from fedtune.keys.files import refused
+from fedtune.keys.node import Login, LoginPublic, read_enrolled
 from fedtune.split.calls import Refused, Status
 
 __all__ = [
@@ -30,11 +30,6 @@ __all__ = [
     "admit",
     "knock",
     "metadata_of",
-    "new_key",
-    "public_line",
-    "read_enrolled",
-    "read_key",
-    "write_key",
 ]
 
 WINDOW = 300
@@ -44,9 +39,6 @@ _CONTEXT = "fedtune body call, version 1"
 _FIELDS = ("fedtune-client", "fedtune-time", "fedtune-nonce", "fedtune-signature-bin")
 _NONCES = 1 << 17
 """Calls of one client that are remembered: 218 a second, all through two windows."""
-
-Private = ec.EllipticCurvePrivateKey
-Public = ec.EllipticCurvePublicKey
 
 
 @dataclass(frozen=True)
@@ -76,15 +68,15 @@ class Gate:
     Attributes
     ----------
     enrolled : Path
-        File with a line ``NAME ecdsa-sha2-nistp384 KEY`` for each client; read again
-        when it changes.
+        File with a line for each client (see :func:`fedtune.keys.node.read_enrolled`);
+        read again when it changes.
     server : str
         The name that clients must have signed for.
     """
 
     enrolled: Path
     server: str
-    _keys: dict[str, tuple[tuple[int, int], dict[str, Public]]]
+    _keys: dict[str, tuple[tuple[int, int], dict[str, LoginPublic]]]
     _nonces: OrderedDict[tuple[str, str], float]
     _counts: Counter[str]
     _lock: threading.Lock
@@ -96,13 +88,16 @@ class Gate:
         gate.keys()
         return gate
 
-    def keys(self) -> dict[str, Public]:
+    def keys(self) -> dict[str, LoginPublic]:
         """Return the enrolled clients, as the file says now."""
         with self._lock:
             try:
                 stat = self.enrolled.stat()
             except OSError as error:
-                raise _unreadable(self.enrolled, error) from error
+                raise refused(
+                    f"'{self.enrolled}' cannot be read: {error}",
+                    "give the path of a readable file",
+                ) from error
             stamp = (stat.st_mtime_ns, stat.st_size)
             if "now" not in self._keys or self._keys["now"][0] != stamp:
                 self._keys["now"] = (stamp, read_enrolled(self.enrolled))
@@ -135,99 +130,7 @@ class Gate:
             return True
 
 
-def new_key() -> Private:
-    """Return a fresh private key."""
-    return ec.generate_private_key(ec.SECP384R1())
-
-
-def public_line(key: Private | Public) -> str:
-    """Return a public key as OpenSSH writes it, without a comment.
-
-    Examples
-    --------
-    >>> public_line(new_key()).split()[0]
-    'ecdsa-sha2-nistp384'
-    """
-    public = key.public_key() if isinstance(key, Private) else key
-    form = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-    return public.public_bytes(*form).decode()
-
-
-def write_key(path: Path, key: Private) -> None:
-    """Write a private key that only its owner can read, and ``PATH.pub`` beside it."""
-    data = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH,
-        serialization.NoEncryption(),
-    )  # fmt: skip
-    try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(data)
-    except FileExistsError as error:
-        raise FedtuneError(
-            f"'{path}' exists", hint="choose another name, or remove it", code=ExitCode.SIGNATURE
-        ) from error
-    path.with_name(path.name + ".pub").write_text(public_line(key) + "\n", encoding="ascii")
-
-
-def read_key(path: Path) -> Private:
-    """Read a private key without a password, in OpenSSH or PEM format.
-
-    Raises
-    ------
-    FedtuneError
-        It cannot be read, or is not on the curve P-384.
-    """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    try:
-        openssh = b"OPENSSH PRIVATE KEY" in data
-        key = (
-            serialization.load_ssh_private_key(data, None) if openssh
-            else serialization.load_pem_private_key(data, None)
-        )  # fmt: skip
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise _no_key(str(path)) from error
-    if not isinstance(key, Private) or not isinstance(key.curve, ec.SECP384R1):
-        raise _no_key(str(path))
-    return key
-
-
-def read_enrolled(path: Path) -> dict[str, Public]:
-    """Read an enrolment file: ``NAME ssh-public-key``, lines with ``#`` apart.
-
-    Raises
-    ------
-    FedtuneError
-        It cannot be read, a name is there twice, or a key is not ECDSA P-384.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from error
-    found: dict[str, Public] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        name, _, key = line.strip().partition(" ")
-        where = f"{path}: line {number}"
-        if name in found:
-            raise FedtuneError(
-                f"{where}: '{name}' is there twice", hint="one line for a client",
-                code=ExitCode.SIGNATURE,
-            )  # fmt: skip
-        try:
-            public = serialization.load_ssh_public_key(key.strip().encode())
-        except (ValueError, UnsupportedAlgorithm) as error:
-            raise _no_key(where) from error
-        if not isinstance(public, Public) or not isinstance(public.curve, ec.SECP384R1):
-            raise _no_key(where)
-        found[name] = public
-    return found
-
-
-def metadata_of(key: Private, claim: Claim) -> tuple[tuple[str, str | bytes], ...]:
+def metadata_of(key: Login, claim: Claim) -> tuple[tuple[str, str | bytes], ...]:
     """Return what is sent with a call to prove who calls; each time it is another one."""
     when, nonce = str(int(time.time())), secrets.token_hex(16)
     signature = key.sign(claim.message(when, nonce), ec.ECDSA(hashes.SHA384()))
@@ -236,7 +139,7 @@ def metadata_of(key: Private, claim: Claim) -> tuple[tuple[str, str | bytes], ..
 
 def knock(
     gate: Gate, metadata: Iterable[tuple[str, str | bytes]]
-) -> tuple[str, str, str, bytes, Public]:
+) -> tuple[str, str, str, bytes, LoginPublic]:
     """Check what can be checked before a call is read: form, name and clock.
 
     Returns
@@ -306,18 +209,3 @@ def admit(gate: Gate, metadata: Iterable[tuple[str, str | bytes]], claim: Claim)
         ) from error  # fmt: skip
     if not gate.first_time(name, nonce, time.time()):
         raise Refused(Status.PERMISSION_DENIED, f"this call of '{name}' was made before")
-
-
-def _unreadable(path: Path, error: Exception) -> FedtuneError:
-    return FedtuneError(
-        f"'{path}' cannot be read: {error}", hint="give the path of a readable file",
-        code=ExitCode.SIGNATURE,
-    )  # fmt: skip
-
-
-def _no_key(where: str) -> FedtuneError:
-    return FedtuneError(
-        f"{where}: not an ECDSA P-384 key without a password",
-        hint="make one with: ssh-keygen -t ecdsa -b 384 -N '' -f FILE",
-        code=ExitCode.SIGNATURE,
-    )

@@ -149,7 +149,7 @@ def test_rounding_of_the_batch_stays_far_below_the_margin(base: Path) -> None:
 
 
 def test_v38_one_changed_bit_makes_another_base(base: Path) -> None:
-    """Both sides must show the same fingerprint: see ``gather`` in ``server/rounds.py``."""
+    """Both sides must show the same fingerprint: see ``gather`` in ``server/members.py``."""
     config = _config(base)
     model = attach(load_base(config.model), config.tuning, "causal-lm", 3)
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]

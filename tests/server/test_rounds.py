@@ -11,10 +11,12 @@ import pytest
 from fedtune.client.worker import Worker
 from fedtune.config import Config, TuningConfig
 from fedtune.errors import ExitCode, FedtuneError
+from fedtune.server.asking import Member
 from fedtune.server.checkpoint import State, latest
 from fedtune.server.events import ClientDone, Event, RoundDone, RoundStarted
 from fedtune.server.link import Answer
-from fedtune.server.rounds import Member, cohort_of, gather, learning_rate, run_rounds
+from fedtune.server.members import cohort_of, gather
+from fedtune.server.rounds import learning_rate, run_rounds
 from fedtune.server.run_folder import RunFolder, create
 from fedtune.server.tuned import Tuned, load_tuned
 from fedtune.wire import Evaluation, Hello, Task, Update

@@ -15,21 +15,21 @@ import torch
 from fedtune.client import body_wire
 from fedtune.client.body_wire import RpcWire
 from fedtune.errors import ExitCode, FedtuneError
+from fedtune.keys.node import (
+    line_of,
+    new_identity,
+    new_key,
+    public_line,
+    public_of,
+    write_identity,
+)
 from fedtune.server import body_server
 from fedtune.server.body_server import Door
 from fedtune.split import body_pb2 as pb
 from fedtune.split import node_keys
 from fedtune.split.calls import PACKAGE, Limits, Refused, Status, loopback, plain
 from fedtune.split.frames import frames, seal
-from fedtune.split.node_keys import (
-    Claim,
-    Gate,
-    admit,
-    metadata_of,
-    new_key,
-    public_line,
-    write_key,
-)
+from fedtune.split.node_keys import Claim, Gate, admit, metadata_of
 from fedtune.split.rows import Rows
 from tests.split import service_kit as kit
 from tests.split.service_kit import ROWS, link, numbers, service
@@ -42,9 +42,9 @@ CLAIM = Claim("Forward", "run-1", "ann", "body", kit.DIGEST, b"\1" * 32)
 
 def _enrolled(folder: Path) -> Path:
     """Enrol ann; her key is ``folder / "ann"``."""
-    key = new_key()
-    write_key(folder / "ann", key)
-    (folder / "enrolled").write_text(f"ann {public_line(key)}\n")
+    ann = new_identity("ann")
+    write_identity(folder / "ann", ann)
+    (folder / "enrolled").write_text(line_of(public_of(ann)) + "\n")
     return folder / "enrolled"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import ipaddress
-import stat
 import time
 from pathlib import Path
 from typing import Any
@@ -18,22 +17,22 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from fedtune.errors import ExitCode, FedtuneError
+from fedtune.keys.node import (
+    line_of,
+    new_identity,
+    new_key,
+    public_line,
+    public_of,
+    read_enrolled,
+    read_key,
+    write_identity,
+)
 from fedtune.server import body_server
 from fedtune.server.body_server import Door
 from fedtune.split import body_pb2 as pb
 from fedtune.split import node_keys
 from fedtune.split.calls import PACKAGE, Refused, Status
-from fedtune.split.node_keys import (
-    Claim,
-    Gate,
-    admit,
-    metadata_of,
-    new_key,
-    public_line,
-    read_enrolled,
-    read_key,
-    write_key,
-)
+from fedtune.split.node_keys import Claim, Gate, admit, metadata_of
 from tests.split import service_kit as kit
 
 CLAIM = Claim("Forward", "run-1", "ann", "body", kit.DIGEST, b"\1" * 32)
@@ -51,26 +50,42 @@ def _refused(gate: Gate, metadata: Any, claim: Claim = CLAIM) -> Status:
     return caught.value.status
 
 
-def test_keys_are_written_for_their_owner_alone(tmp_path: Path) -> None:
-    key = new_key()
-    write_key(tmp_path / "node", key)
-    assert stat.S_IMODE((tmp_path / "node").stat().st_mode) == 0o600
-    assert public_line(read_key(tmp_path / "node")) == public_line(key)
-    line = (tmp_path / "node.pub").read_text().strip()
-    (tmp_path / "enrolled").write_text(f"ann {line}\n")
-    assert public_line(read_enrolled(tmp_path / "enrolled")["ann"]) == public_line(key)
-    with pytest.raises(FedtuneError, match="exists"):
-        write_key(tmp_path / "node", key)
+def _alone(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
+    """Write a key as ssh-keygen does."""
+    form = serialization.PrivateFormat.OpenSSH
+    data = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+    path.write_bytes(data)
+    path.chmod(0o600)
+
+
+def test_keys_are_read_from_every_file_that_holds_them(tmp_path: Path) -> None:
+    identity = new_identity("ann")
+    public = write_identity(tmp_path / "ann.key", identity)
+    _alone(tmp_path / "node", identity.login)
+    key = public_line(identity.login)
+    assert public_line(read_key(tmp_path / "ann.key")) == key
+    assert public_line(read_key(tmp_path / "node")) == key
+    bob = line_of(public_of(new_identity("bob")))
+    lines = ["# who may call", f"eve {key} eve@somewhere", public.read_text().strip(), bob]
+    (tmp_path / "enrolled").write_text("\n".join(lines) + "\n")
+    found = read_enrolled(tmp_path / "enrolled")
+    assert [*found] == ["eve", "ann", "bob"]
+    assert public_line(found["ann"]) == public_line(found["eve"]) == key
+    assert public_line(found["bob"]) == " ".join(bob.split()[1:3])
 
 
 def test_other_keys_are_refused(tmp_path: Path) -> None:
     small = ec.generate_private_key(ec.SECP256R1())
-    write_key(tmp_path / "small", small)
+    _alone(tmp_path / "small", small)
+    _alone(tmp_path / "open", new_key())
+    (tmp_path / "open").chmod(0o640)
     (tmp_path / "text").write_text("no key")
-    for name in ("small", "text", "missing"):
+    (tmp_path / "text").chmod(0o600)
+    for name in ("small", "text", "missing", "open"):
         with pytest.raises(FedtuneError) as caught:
             read_key(tmp_path / name)
         assert caught.value.code == ExitCode.SIGNATURE
+    assert "chmod 600" in caught.value.hint
     line = public_line(new_key())
     for wrong in (f"ann {public_line(small)}", "ann ssh-ed25519 AAAA", f"a {line}\na {line}"):
         (tmp_path / "enrolled").write_text(wrong + "\n")
@@ -176,7 +191,7 @@ def test_over_tls_with_keys(tmp_path: Path) -> None:
     _certificate(tmp_path)
     ann, eve = tmp_path / "ann", tmp_path / "eve"
     for path in (ann, eve):
-        write_key(path, new_key())
+        write_identity(path, new_identity(path.name))
     gate = _gate(tmp_path, ann=read_key(ann))
     made = kit.service()
     door = Door(cert=tmp_path / "cert.pem", key=tmp_path / "key.pem", enrolled=gate.enrolled)

@@ -1,0 +1,163 @@
+"""What a run has spent of its promises until now: the run's own bound, and never too small.
+
+The ledger says how often was released, reserved rounds with it. The exact accountant
+takes about a second, so it is asked for some twenty numbers of releases in a run and
+for the next one up in between, where Renyi's bound is taken if that is smaller.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedtune.config import Config
+from fedtune.errors import FedtuneError
+from fedtune.privacy.accounting import epsilon_of_rdp, rdp, spent
+from fedtune.privacy.events import Charge, Unit
+from fedtune.privacy.ledger import Ledger, open_ledger
+from fedtune.privacy.plan import Promise, dataset_name, ledger_place, promises
+from fedtune.server.run_folder import RunFolder
+from fedtune.server.status_words import relation_words
+
+__all__ = ["BudgetView", "Known", "budgets_of"]
+
+_STOPS = 20
+_PAUSE = 2.0
+
+
+@dataclass(frozen=True)
+class BudgetView:
+    """What a run has spent of one promise.
+
+    Attributes
+    ----------
+    unit : str
+        ``example`` or ``client``.
+    epsilon : float
+        Upper bound of what was released or reserved until now; infinite: no bound.
+    limit : float or None
+        ``epsilon`` of the settings; ``None`` when only the noise was set.
+    delta : float
+    relation : str
+    words : str
+        What is bounded, as a sentence.
+    """
+
+    unit: str
+    epsilon: float
+    limit: float | None
+    delta: float
+    relation: str
+    words: str
+
+
+@dataclass
+class Known:
+    """What was computed or opened already for one run; costs are kept by number of releases."""
+
+    promises: tuple[Promise, ...] | None = None
+    costs: dict[tuple[Unit, int], float] = field(default_factory=dict)
+    ledgers: dict[str, Ledger] = field(default_factory=dict)
+    counts: dict[Unit, tuple[object, int | None]] = field(default_factory=dict)
+
+
+def budgets_of(
+    folder: RunFolder, config: Config, facts: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]], now: float, known: Known,
+) -> tuple[BudgetView, ...]:  # fmt: skip
+    """Return one view for each promise of a run.
+
+    Parameters
+    ----------
+    folder : RunFolder
+    config : Config
+    facts : mapping
+        ``run.json``.
+    rows : sequence of mapping
+        ``metrics.jsonl``.
+    now : float
+        Unix time; ledgers are read every two seconds at most.
+    known : Known
+        Keep one for a run.
+    """
+    if not config.privacy.on:
+        return ()
+    if known.promises is None:
+        known.promises = promises(config)
+    reached = int(rows[-1]["round"]) if rows else 0
+    return tuple(
+        _view(promise, folder, config, facts, (reached, now // _PAUSE), reached, known)
+        for promise in known.promises
+    )
+
+
+def _view(
+    promise: Promise, folder: RunFolder, config: Config, facts: Mapping[str, Any], mark: object,
+    reached: int, known: Known,
+) -> BudgetView:  # fmt: skip
+    if known.counts.get(promise.unit, (None, None))[0] != mark:
+        known.counts[promise.unit] = (mark, _charged(promise, folder, config, facts, known))
+    charged = known.counts[promise.unit][1]
+    releases = promise.releases * reached if charged is None else charged
+    whole = charged is not None
+    if promise.unit is Unit.CLIENT:
+        whose = "All that one node contributed"
+    else:
+        whose = f"Each example of a node that was asked {'most often' if whole else 'every round'}"
+    words = f"{whose}; {relation_words(promise.relation.value)}."
+    if not whole:
+        words += " The rounds that count, without attempts that failed."
+    return BudgetView(
+        promise.unit.value, _cost(promise, releases, known), promise.settings.epsilon or None,
+        promise.delta, promise.relation.value, words,
+    )  # fmt: skip
+
+
+def _charged(
+    promise: Promise, folder: RunFolder, config: Config, facts: Mapping[str, Any], known: Known
+) -> int | None:
+    """Return how many releases the ledger counts for this run; of the worst client's account.
+
+    Under client-level privacy how often somebody was asked depends on secret coins: then the
+    ledgers of examples are not looked at.
+    """
+    example = promise.unit is Unit.EXAMPLE
+    if example and config.privacy.client is not None:
+        return None
+    elsewhere = example and folder.books.exists()
+    place = str(folder.books) if elsewhere else str(facts.get("ledger") or ledger_place(config))
+    job = facts.get("job")
+    try:
+        if place not in known.ledgers:
+            known.ledgers[place] = open_ledger(place, create=False)
+        ledger = known.ledgers[place]
+        name = dataset_name(config)
+        ours = [
+            account for account in ledger.accounts()
+            if account.unit is promise.unit and account.relation is promise.relation
+            and (account.dataset == name or (example and account.dataset.startswith(f"{name}/")))
+        ]  # fmt: skip
+        return max((sum(ledger.groups(one, str(job)).values()) for one in ours), default=None)
+    except FedtuneError:
+        return None
+
+
+def _cost(promise: Promise, releases: int, known: Known) -> float:
+    if releases == 0:
+        return 0.0
+    planned = promise.releases * promise.rounds
+    step = promise.releases * max(1, math.ceil(promise.rounds / _STOPS))
+    stop = math.ceil(releases / step) * step
+    if releases <= planned:
+        stop = min(stop, planned)
+    event, relation = promise.mechanism.event, promise.relation
+    renyi = float(epsilon_of_rdp(releases * rdp(event, relation), promise.delta)[0])
+    if (promise.unit, stop) not in known.costs:
+        try:
+            exact = spent([Charge(event, stop)], promise.delta, relation).epsilon
+        except FedtuneError:
+            exact = math.inf
+        known.costs[promise.unit, stop] = exact
+    return min(renyi, known.costs[promise.unit, stop])

@@ -1,0 +1,111 @@
+"""One server and three nodes over TLS, as the README has it; every process is a real one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedtune.privacy.events import Relation, Unit
+from fedtune.privacy.ledger import open_ledger
+from tests.real.kit import Federation, federation
+
+PRIVATE = """
+[privacy]
+dataset = "ward-notes"
+insecure_seeded_noise = true
+[privacy.example]
+relation = "add-or-remove-one"
+population = 20
+delta = 1e-3
+noise_multiplier = 1.0
+"""
+
+UNIFORM = 'weighting = "uniform"\n'
+SECURE = UNIFORM + "[federation.secure]\nclip_norm = 5.0\n"
+
+DISTRIBUTED = """
+[privacy]
+dataset = "ward-notes"
+[privacy.client]
+relation = "replace-special"
+population = 3
+delta = 1e-3
+noise_multiplier = 2.0
+noise_at = "clients"
+sampler = "everyone"
+clip_norm = 0.5
+"""
+
+
+def run_to_end(made: Federation, seconds: float = 240) -> None:
+    server = made.serve()
+    for name in made.names:
+        made.join(name)
+    assert server.wait(seconds) == 0, made.logs()
+
+
+def simulated(made: Federation, *more: str) -> Path:
+    """Run the same file as a simulation; return its folder."""
+    process = made.command(
+        "simulate", made.file.name, "-s", "output.folder=simulated", *more, log="simulate"
+    )
+    assert process.wait(240) == 0, process.text
+    return max((made.folder / "simulated").glob("*"))
+
+
+def same(left: dict[str, np.ndarray], right: dict[str, np.ndarray]) -> bool:
+    return left.keys() == right.keys() and all(np.array_equal(left[n], right[n]) for n in left)
+
+
+@pytest.mark.slow
+def test_a_private_run_over_tls_is_the_simulated_one_bit_for_bit(tmp_path: Path) -> None:
+    with federation(tmp_path, rounds=2, more=PRIVATE, settings=UNIFORM) as made:
+        run_to_end(made)
+        alone = simulated(made, "-s", f'privacy.ledger="{tmp_path}/simulated.db"')
+        assert same(made.adapter(), made.adapter(alone))
+        statement = json.loads((made.run() / "adapter" / "privacy.json").read_text())
+        other = json.loads((alone / "adapter" / "privacy.json").read_text())
+        assert statement["differential_privacy"] == other["differential_privacy"]
+        for name in made.names:
+            what = [line["what"] for line in made.sent(name)]
+            assert [words for words in what if "an update" in words] == [
+                f"round {n}: an update, 84 tensors of 40,704 numbers" for n in (1, 2)
+            ]
+            ledger = open_ledger(tmp_path / f"{name}.node" / "ledger.db")
+            account = ledger.find(f"{name}/{name}", Unit.EXAMPLE, Relation.ADD_OR_REMOVE_ONE)
+            assert account is not None
+            assert sum(ledger.groups(account).values()) == 4
+            assert (account.epsilon, account.delta) == (50.0, 1e-3)
+
+
+@pytest.mark.slow
+def test_a_secure_sum_over_tls_is_the_plain_one_up_to_its_grid(tmp_path: Path) -> None:
+    # One round: AdamW's first steps of a second one turn the last bits of the first into signs.
+    with federation(tmp_path, rounds=1, settings=SECURE) as made:
+        run_to_end(made)
+        file = made.file.read_text().replace("[federation.secure]\nclip_norm = 5.0\n", "")
+        made.file.write_text(file)
+        plain = made.adapter(simulated(made))
+        for name, value in made.adapter().items():
+            np.testing.assert_allclose(value, plain[name], atol=1e-5)
+        what = [line["what"] for line in made.sent("ward-1")]
+        assert "round 1: a masked update, 2 tensors of 40,768 numbers" in what
+        assert not any("an update, 84" in words for words in what)
+
+
+@pytest.mark.slow
+def test_noise_at_the_clients_is_charged_at_both_ends(tmp_path: Path) -> None:
+    settings = UNIFORM + "[federation.secure]\n"
+    with federation(tmp_path, rounds=2, more=DISTRIBUTED, settings=settings) as made:
+        run_to_end(made)
+        for place, name in (("server-ledger.db", "ward-notes"), ("ward-1.node/ledger.db",
+                                                                "ward-1/ward-1")):  # fmt: skip
+            ledger = open_ledger(tmp_path / place)
+            account = ledger.find(name, Unit.CLIENT, Relation.REPLACE_SPECIAL)
+            assert account is not None, ledger.accounts()
+            assert sum(ledger.groups(account).values()) == 2
+        statement = json.loads((made.run() / "adapter" / "privacy.json").read_text())
+        assert statement["differential_privacy"] is True
