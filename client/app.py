@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedtune.client.failures import log_failure
 from fedtune.client.parties import Parties
+from fedtune.client.quiet import train_quietly
 from fedtune.client.secure import Party
 from fedtune.client.worker import Worker
 from fedtune.config import Config
@@ -19,6 +20,7 @@ from fedtune.errors import ExitCode, FedtuneError
 from fedtune.models import Base
 from fedtune.split.blocks import Cut
 from fedtune.split.calls import Service
+from fedtune.terms import digest_of, propose
 from fedtune.wire import Advert, Dealt, Revealed, Signed, Task, from_record, to_record
 
 __all__ = ["make_client_app", "worker_for"]
@@ -46,7 +48,7 @@ def worker_for(config: Config, folder: Path | None, service: MakeService | None 
 
 def make_client_app(
     config: Config, folder: Path | None = None, service: MakeService | None = None,
-    party_of: Callable[[str], Party] | None = None,
+    party_of: Callable[[str], Party] | None = None, agreed: str = "",
 ) -> ClientApp:  # fmt: skip
     """Return the Flower ``ClientApp`` of an experiment.
 
@@ -60,6 +62,8 @@ def make_client_app(
         Split tuning in simulations: makes the body of this process.
     party_of : callable, optional
         Secure aggregation: takes a client's name, returns who it is to the others.
+    agreed : str
+        SHA-256 of the terms that were agreed to; empty: those of ``config`` itself.
 
     Notes
     -----
@@ -73,7 +77,7 @@ def make_client_app(
                 "secure aggregation without an identity for each client",
                 hint="join with a node's key: fedtune keys node", code=ExitCode.SIGNATURE,
             )  # fmt: skip
-        parties = Parties(config, party_of)
+        parties = Parties(config, party_of, agreed or digest_of(propose(config)))
         _add_masking(app, parties, lambda: worker_for(config, folder, service))
 
     @app.query("hello")
@@ -97,7 +101,7 @@ def make_client_app(
             worker = worker_for(config, folder, service)
             answer = (
                 parties.train(worker, _index(context), task) if parties
-                else worker.train(_index(context), task)
+                else train_quietly(worker, _index(context), task)
             )  # fmt: skip
         return Message(to_record(answer), reply_to=message)
 
@@ -150,10 +154,7 @@ def _discreet(config: Config, folder: Path | None, context: Context) -> Iterator
             raise
         note = "see errors.log in the client's folder"
         if folder is not None:
-            home = folder / f"{_index(context):06d}"
-            home.mkdir(parents=True, exist_ok=True)
-            with (home / "errors.log").open("a", encoding="utf-8") as log:
-                log.write("".join(traceback.format_exception(error)))
+            log_failure(folder / f"{_index(context):06d}" / "errors.log", error)
         raise FedtuneError(
             f"the client failed; what happened stays there ({note})", code=ExitCode.ENGINE
         ) from None

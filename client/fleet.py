@@ -252,9 +252,9 @@ class _Node:
             self.reply(root, future.result(), time.monotonic() - began)
         else:
             words = "the node stopped before it was done"
-            error = Error(ErrorCode.CLIENT_APP_CRASHED, words)
             self._tell("dropped", words, **about)
-            self.reply(root, Message(error, reply_to=question), 0.0)
+            gone = Error(ErrorCode.CLIENT_APP_CRASHED, words)
+            self.reply(root, Message(gone, reply_to=question), 0.0)
         self._memo.end()
 
     def _fetch(self, question: Message, response: PullMessagesResponse) -> tuple[Message, int]:

@@ -6,6 +6,7 @@ import json
 import socket
 import ssl
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 from flwr.supercore.version import package_version
@@ -54,8 +55,9 @@ class Verdict:
 
 def judge(error: grpc.RpcError) -> Verdict:
     """Say what the server's refusal means; anything about the network is ``away``."""
-    code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
-    details = (error.details() if isinstance(error, grpc.Call) else "") or ""
+    call: Any = error  # what grpc raises is a call too, which its types cannot say
+    code = call.code() if hasattr(call, "code") else grpc.StatusCode.UNKNOWN
+    details = str((call.details() if hasattr(call, "details") else "") or "")
     number, public = _flower_error(details)
     if number == _ACTIVATION_REFUSED:
         return Verdict("taken", "the server counts a node with this key as connected already")

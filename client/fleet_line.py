@@ -105,7 +105,7 @@ class Line:
     calls: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        self.calls = FleetStub(self.channel)  # type: ignore[no-untyped-call]
+        self.calls = FleetStub(self.channel)
 
     def _call(self, method: Any, request: Any, seconds: float) -> Any:
         return method(request, timeout=seconds, metadata=self.signer.metadata())

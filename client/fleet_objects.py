@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import Message
@@ -46,6 +46,14 @@ _LEAST_PAUSE, _MOST_PAUSE = 0.01, 0.5
 _HEX = frozenset("0123456789abcdef")
 
 
+@dataclass
+class Upload:
+    """How far the sending of an answer has come: the server's name for it, and what it lacks."""
+
+    session: str = ""
+    lacking: set[str] = field(default_factory=set)
+
+
 @dataclass(frozen=True)
 class Parcel:
     """An answer, ready to go: what announces it, and its objects, children first."""
@@ -56,6 +64,7 @@ class Parcel:
     objects: dict[str, Callable[[], bytes]]
     bytes: int
     until: float
+    upload: Upload = field(default_factory=Upload, compare=False)
 
 
 def plan(tree: ObjectTree) -> dict[str, tuple[int, tuple[str, ...]]]:
@@ -224,23 +233,43 @@ def send(line: Line, parcel: Parcel, *, again: bool = False) -> int | None:
     grpc.RpcError
         The line broke: call again, with a new line.
     """
+    sent = 0
+    if parcel.upload.lacking:
+        # The ServerApp may have taken the announcement and wait for the rest: Flower then
+        # knows no such answer any more, but the upload goes on for 180 s. What is not stored
+        # now was stored before, or is asked for again below.
+        sent = _upload(line, parcel, strict=False)
     parcel.request.node.node_id = line.node
     reply = line.push(parcel.request)
-    lacking = set(reply.objects_to_push)
-    if parcel.message not in lacking and not again:
+    parcel.upload.session = reply.session_id
+    parcel.upload.lacking = set(reply.objects_to_push)
+    if parcel.message not in parcel.upload.lacking and not again:
         return None
-    going: deque[Callable[[], Any]] = deque()
-    sent = 0
+    return sent + _upload(line, parcel, strict=True)
+
+
+def _upload(line: Line, parcel: Parcel, *, strict: bool) -> int:
+    """Send what the server lacks; return its bytes."""
+    upload, sent = parcel.upload, 0
+    going: deque[tuple[str, Callable[[], Any]]] = deque()
+
+    def settle() -> None:
+        name, wait = going.popleft()
+        response = wait()
+        if strict:
+            _stored(response)
+        upload.lacking.discard(name)
+
     for name, content in parcel.objects.items():
-        if name not in lacking:
+        if name not in upload.lacking:
             continue
         while len(going) >= _AHEAD:
-            _stored(going.popleft()())
+            settle()
         data = content()
         sent += len(data)
-        going.append(line.push_object_soon(parcel.run, reply.session_id, name, data))
+        going.append((name, line.push_object_soon(parcel.run, upload.session, name, data)))
     while going:
-        _stored(going.popleft()())
+        settle()
     return sent
 
 

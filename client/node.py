@@ -7,11 +7,9 @@ loaded. What leaves is written down before it leaves.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import threading
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -24,6 +22,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedtune.client.app import make_client_app, worker_for
+from fedtune.client.failures import log_failure
 from fedtune.client.policy import OwnerPolicy, asleep, judge, judge_model, within
 from fedtune.client.secure import Party
 from fedtune.client.sent import SentLog
@@ -35,7 +34,8 @@ from fedtune.keys.roster import Roster, decode, signers
 from fedtune.privacy.accounting import spent as accounted
 from fedtune.privacy.events import Charge, Event, Unit
 from fedtune.privacy.ledger import Account, Claim, Ledger, open_ledger
-from fedtune.privacy.plan import Promise, promises
+from fedtune.privacy.ledger_records import Kind
+from fedtune.privacy.plan import Promise, example_promise, promises
 from fedtune.terms import Own, accept, check_length, digest_of
 from fedtune.wire import BUDGET, Accepted, Terms, from_record, size_of, to_record
 
@@ -51,6 +51,10 @@ _TOLD = frozenset(
 _JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,149}")
 _TERMS = "query.terms"
 _WORKS = frozenset({"train", "query.advert"})
+_ANSWERED = _WORKS | {
+    _TERMS, "query.hello", "query.share", "query.deal", "query.sign", "query.reveal", "evaluate",
+}  # fmt: skip
+_NOTE = "the owner's policy"
 _CURRENT, _PROPOSED, _SERIAL, _ROSTER = (
     "current.json", "proposed.json", "roster.json", "roster",
 )  # fmt: skip
@@ -132,20 +136,23 @@ class Node:
     def _reply(self, kind: str, message: Message) -> Message:
         if words := asleep(self.policy, self.now()):
             raise FedtuneError(words, code=ExitCode.PRIVACY)
+        if kind not in _ANSWERED:
+            # Flower would take "train.default" for "train"; here there is one name for each.
+            raise FedtuneError(f"no answer to '{kind:.80}'", code=ExitCode.PRIVACY)
         if kind == _TERMS:
             return Message(to_record(self._agree(message)), reply_to=message)
         return self._do(message)
 
     def _told(self, error: Exception) -> str:
         """Return what a server may hear of a failure; the rest goes to the owner."""
-        if isinstance(error, FedtuneError):
+        if isinstance(error, FedtuneError) and error.code in _TOLD:
             self.tell(f"refused: {error}" + (f" ({error.hint})" if error.hint else ""))
-            if error.code in _TOLD:
-                return self._without_places(str(error))
+            return self._without_places(str(error))
+        # Its words may quote rows: they go to a file that only the owner reads.
+        log_failure(self.home / "errors.log", error)
+        if isinstance(error, FedtuneError):
+            self.tell(f"failed ({error.code.name}); see {self.home / 'errors.log'}")
             return f"the node failed ({error.code.name}); its owner sees why"
-        text = "".join(traceback.format_exception(error))
-        with contextlib.suppress(OSError), (self.home / "errors.log").open("a") as log:
-            log.write(text)
         self.tell(f"failed: {type(error).__name__}; see {self.home / 'errors.log'}")
         return f"the node failed ({type(error).__name__}); its owner sees why"
 
@@ -248,8 +255,27 @@ class Node:
         folder = self._folder(job)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         worker = worker_for(config, folder)
-        app = make_client_app(config, folder, party_of=self._party)
+        self._require_room_for_rows(config)
+        for note in worker.federation.notes:
+            self.tell(f"note: {note}")
+        app = make_client_app(
+            config, folder, party_of=self._party, agreed=digest_of(terms)
+        )  # fmt: skip
         return Work(job, digest_of(terms), config, app, worker.fingerprint)
+
+    def _require_room_for_rows(self, config: Config) -> None:
+        """Refuse terms whose batches could overflow with as many rows as this owner may have.
+
+        That a batch overflows would be seen, and would tell the number of rows. What is compared
+        is a public bound: the policy's, or the number of rows rounded up to a power of two.
+        """
+        promise = example_promise(config)
+        if promise is not None and not promise.holds(self.policy.rows_at_most or self.own.rows):
+            raise FedtuneError(
+                f"privacy.example.population={promise.settings.population} is too small for a "
+                "batch of this owner's rows",
+                hint="a larger population, or another batch size", code=ExitCode.PRIVACY,
+            )  # fmt: skip
 
     def _again(self) -> Work:
         """Go on after a restart with what was agreed to, if today's policy still allows it."""
@@ -285,13 +311,23 @@ class Node:
                     f"{self.policy.max_epsilon:g}",
                     hint="the owner decides: --policy", code=ExitCode.BUDGET_EXHAUSTED,
                 )  # fmt: skip
-            if (account.epsilon, account.delta) != cap:
-                account = self.ledger.set_budget(
-                    account, *cap, actor=self.identity.name, note="the owner's policy"
-                )
+            account = self._capped(account, cap)
             by_server = promise.unit is Unit.CLIENT and central and central.noise_at == "server"
             if by_server:
                 self._charge_plan(work, promise, account)
+
+    def _capped(self, account: Account, cap: tuple[float, float]) -> Account:
+        """Set the policy's cap, unless the owner set a smaller one by ``fedtune budget set``."""
+        now = (account.epsilon, account.delta)
+        if now == cap:
+            return account
+        chain = self.ledger.entries(account)
+        last = next((one for one in reversed(chain) if one.kind == Kind.BUDGET), None)
+        ours = last is None or last.detail.get("note") == _NOTE
+        looser = account.epsilon is not None and (cap[0] > account.epsilon or cap[1] > now[1])
+        if not ours and looser:
+            return account
+        return self.ledger.set_budget(account, *cap, actor=self.identity.name, note=_NOTE)
 
     def _charge_plan(self, work: Work, promise: Promise, account: Account) -> None:
         claim = Claim(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from fedtune.client.private import open_shared_guard, require_job
+from fedtune.client.quiet import train_quietly
 from fedtune.client.secure import Masking, Party, split_dealt
 from fedtune.client.worker import Worker
 from fedtune.config import Config
@@ -26,10 +27,13 @@ class Parties:
     config : Config
     party_of : callable
         Takes a client's name, returns who it is to the others.
+    agreed : str
+        SHA-256 of the terms: with other terms there is no sum.
     """
 
     config: Config
     party_of: Callable[[str], Party]
+    agreed: str
     _known: dict[int, Masking] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -40,7 +44,7 @@ class Parties:
                 party = self.party_of(worker.shard(index).name)
                 home = worker.folder / f"{index:06d}" if worker.folder else None
                 guard = open_shared_guard(self.config)
-                self._known[index] = Masking(self.config, party, guard, home)
+                self._known[index] = Masking(self.config, party, guard, self.agreed, home)
             return self._known[index]
 
     def advert(self, worker: Worker, index: int, asked: Advert) -> Advert:
@@ -60,7 +64,7 @@ class Parties:
             masking.home.mkdir(parents=True, exist_ok=True)
             require_job(masking.home, task.job)
         masking.begin(plain)
-        update = worker.train(index, plain)
+        update = train_quietly(worker, index, plain)
         source = None
         if masking.guard is not None:
             name = masking.party.name

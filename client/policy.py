@@ -19,7 +19,7 @@ from fedtune.config import Config
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.model_files import weights_digest
 from fedtune.privacy.events import Unit
-from fedtune.privacy.plan import honest_survivors, least_survivors, promises
+from fedtune.privacy.plan import Promise, honest_survivors, least_survivors, promises
 
 __all__ = ["OwnerPolicy", "asleep", "judge", "judge_model", "read_policy", "within"]
 
@@ -67,12 +67,17 @@ class OwnerPolicy(BaseModel):
     """Fewest nodes of a secure aggregation."""
     max_honest_share: float = Field(default=1.0, gt=0.0, le=1.0)
     """``client``: refuse noise that counts on more than this share of survivors being honest."""
+    min_colluding: int = Field(default=1, ge=0)
+    """``client``: refuse noise that counts on all but fewer survivors than this being honest."""
     secure: bool = False
     """Refuse runs without secure aggregation."""
     hours: tuple[str, ...] = ()
     """Local times such as ``19:00-07:00`` in which this node works; empty: always."""
     rounds: int = Field(default=0, ge=0)
     """Most rounds of one run; 0: no limit."""
+    rows_at_most: int = Field(default=0, ge=0)
+    """Public bound on the number of rows, where their order of magnitude is a secret too. 0: the
+    number rounded up to a power of two. A file with more rows is refused at the start."""
     message_mb: Positive = 256
     """Largest message, both ways."""
     insecure_noise: bool = False
@@ -108,7 +113,7 @@ def read_policy(path: Path | None, **given: Any) -> OwnerPolicy:
     if path is not None:
         try:
             table = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise FedtuneError(
                 f"policy '{path}' cannot be read: {error}", hint="it is a TOML file, docs/join.md",
                 code=ExitCode.CONFIG,
@@ -147,6 +152,7 @@ def judge(policy: OwnerPolicy, config: Config) -> tuple[str, ...]:
         *(_outside("tuning.options", name, policy.options) for name in sorted(tuning.options)),
         *_promised(policy, config),
     ]
+    found += _too_much(config)
     if policy.rounds and config.federation.rounds > policy.rounds:
         found.append(f"{config.federation.rounds} rounds (at most {policy.rounds})")
     if config.privacy.insecure_seeded_noise and not policy.insecure_noise:
@@ -215,6 +221,25 @@ def _within(hours: str, now: time) -> bool:
     return first <= now < last if first <= last else now >= first or now < last
 
 
+_LIMITS = {
+    "rank": 1024, "tokens": 4096, "batch_size": 4096, "accumulate": 4096, "steps": 100_000,
+}  # fmt: skip
+
+
+def _too_much(config: Config) -> list[str]:
+    """Return settings that would only exhaust this machine."""
+    tuning = config.tuning
+    found = [
+        f"tuning.{name}={getattr(tuning, name)} (at most {most})"
+        for name, most in _LIMITS.items() if getattr(tuning, name) > most
+    ]  # fmt: skip
+    if tuning.probe.count > 4096:
+        found.append(f"tuning.probe.count={tuning.probe.count} (at most 4096)")
+    if config.data.max_length > 1 << 17 or config.evaluation.batch_size > 4096:
+        found.append("data.max_length or evaluation.batch_size beyond any machine")
+    return found
+
+
 def _outside(name: str, value: str, allowed: tuple[str, ...]) -> str:
     if value in allowed:
         return ""
@@ -225,7 +250,8 @@ def _outside(name: str, value: str, allowed: tuple[str, ...]) -> str:
 def _promised(policy: OwnerPolicy, config: Config) -> list[str]:
     """Return what is wrong with the promises: one that the owner accepts must be among them."""
     made = promises(config)
-    kinds = {_kind(config, promise.unit): promise for promise in made} or {"none": None}
+    kinds: dict[str, Promise | None] = {_kind(config, one.unit): one for one in made}
+    kinds = kinds or {"none": None}
     listed = ", ".join(f"'{one}'" for one in policy.promises)
     if not set(kinds) & set(policy.promises):
         words = {
@@ -246,6 +272,11 @@ def _promised(policy: OwnerPolicy, config: Config) -> list[str]:
             found.append(
                 f"epsilon {epsilon:.4g} for each {promise.unit.value} over the whole run "
                 f"(at most {policy.max_epsilon_per_run:g})"
+            )
+        secure = config.federation.secure
+        if kind == "client" and secure and secure.colluding < policy.min_colluding:
+            found.append(
+                f"federation.secure.colluding={secure.colluding} (at least {policy.min_colluding})"
             )
         most = policy.max_honest_share
         if kind == "client" and config.federation.secure and most < 1.0:

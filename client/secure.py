@@ -70,6 +70,8 @@ class Masking:
     party : Party
     guard : Guard or None
         The owner's ledger, where noise at the clients is promised.
+    agreed : str
+        SHA-256 of the terms that this client agreed to.
     home : Path or None
         Where the client keeps what must outlive its process.
     """
@@ -77,6 +79,7 @@ class Masking:
     config: Config
     party: Party
     guard: Guard | None
+    agreed: str
     home: Path | None = None
     _member: Member | None = field(default=None, repr=False)
     _context: Context | None = None
@@ -129,6 +132,7 @@ class Masking:
             member = self._now(asked.round, asked.attempt)
             found = member.deal(asked.tensors)
             self._members = member.members
+            self._require_honest(member.members)
             return Dealt(asked.round, asked.attempt, found)
 
     def begin(self, task: Task) -> None:
@@ -141,10 +145,10 @@ class Masking:
         """
         with self._lock:
             self._now(task.round, task.attempt)
-            if self._context is None or model_digest(task.tensors) != self._context.model:
+            if self._context is None or _asked(task, self.agreed) != self._context.model:
                 raise FedtuneError(
-                    "the model that came is not the one that the cohort was told of",
-                    hint="the server shows clients different models", code=ExitCode.PRIVACY,
+                    "the model, learning rate or terms are not those that the cohort was told of",
+                    hint="the server shows clients different ones", code=ExitCode.PRIVACY,
                 )  # fmt: skip
         if self.guard is not None:
             facts = {"noise": "at the clients", "members": self._members}
@@ -198,6 +202,21 @@ class Masking:
     def _noised(self) -> bool:
         return self.config.privacy.client is not None
 
+    def _require_honest(self, members: int) -> None:
+        """Refuse a cohort in which those who may collude could show two survivor sets.
+
+        Against a server that cheats they must be fewer than ``2 t - n`` (Bonawitz et al. 2017,
+        section 6.2), or the noise of one client alone would stand against them.
+        """
+        settings = self._settings
+        if self._noised and not settings.tolerates(members):
+            self._close()
+            raise FedtuneError(
+                f"{members} members with federation.secure.threshold={settings.threshold:.3g} "
+                f"do not hold out against colluding={settings.colluding}",
+                hint="raise threshold, or have more members", code=ExitCode.PRIVACY,
+            )  # fmt: skip
+
     def _masked(self) -> int:
         """Return the last round whose update left under masks."""
         file = self.home / _LAST if self.home else None
@@ -233,6 +252,10 @@ class Masking:
             shapes, self._members, clip, multiplier=multiplier,
             honest=honest_survivors(self.config) if promise else 1,
         )  # fmt: skip
+
+
+def _asked(task: Task, agreed: str) -> bytes:
+    return model_digest(task.tensors, agreed, task.lr)
 
 
 def split_dealt(tensors: Tensors) -> tuple[Tensors, Tensors]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedtune.adapters import Tensors, attach, read, trainable, write
+from fedtune.adapters import Tensors, attach, pairs, read, trainable, write
 from fedtune.client import mezo
 from fedtune.client.across import Across, open_across
 from fedtune.client.backprop import LocalRun, optimizer, tune
@@ -36,6 +36,7 @@ from fedtune.client.private import (
 from fedtune.client.private_zo import mezo_privately, seeded_privately
 from fedtune.client.seeded import Local, nothing_of, schedule_of, tune_seeded, upload
 from fedtune.client.split import kept_of, only, tune_split
+from fedtune.client.task_check import require_task
 from fedtune.config import Config
 from fedtune.data import Encoded, Federation, Shard, encode, load
 from fedtune.errors import ExitCode, FedtuneError
@@ -142,7 +143,9 @@ class Worker:
         if self.across is not None:
             self.across.reach(index)
         # The number of rows is a figure on private data: under a promise it stays here.
-        rows = 0 if privacy.on else len(shard.train)
+        # And a secure sum, of which nobody may know a part, has no place for it.
+        hidden = privacy.on or self.config.federation.secure is not None
+        rows = 0 if hidden else len(shard.train)
         epochs = len(self.epochs(index).finished) if self.config.tuning.seeded else 0
         return Hello(shard.name, rows, self.fingerprint, epochs)
 
@@ -164,11 +167,15 @@ class Worker:
             The client has no usable row, or its update is not finite.
         """
         shard, config = self.shard(index), self.config
+        if not config.tuning.seeded:
+            fedex = config.federation.aggregation == "fedex"
+            products = pairs(self._first) if fedex else ()
+            require_task(task, self.shapes(), products, fedex=fedex)
         if self.guard is not None:
             return self._train_privately(self.guard, index, shard, task)
         encoded = self._encode(shard, held=False)
         if not encoded.ids and config.privacy.client is not None:
-            return self._nothing(task)
+            return self.nothing(task)
         if not encoded.ids:
             raise FedtuneError(
                 f"client '{shard.name}' has no usable row among {len(shard.train)}",
@@ -201,7 +208,7 @@ class Worker:
         delta = {name: after[name] - before[name] for name in before}
         if not math.isfinite(ran.loss) or not all(np.isfinite(d).all() for d in delta.values()):
             if config.privacy.client is not None:
-                return self._nothing(task)
+                return self.nothing(task)
             raise diverged(shard.name, task.round, ran.loss)
         if home:
             remember(home, optim, after=task.round)
@@ -211,7 +218,7 @@ class Worker:
         sent = link.take()
         return replace(told, cut_up=sent.bytes_up, cut_down=sent.bytes_down, kept=kept)
 
-    def _nothing(self, task: Task) -> Update:
+    def nothing(self, task: Task) -> Update:
         """Return what a client adds that has nothing to say; a failure would tell it to all."""
         nothing = nothing_of(self.config.tuning, split(task.tensors)[0])
         return Update(task.round, task.attempt, 1, 0, 0, WITHHELD, nothing)
@@ -239,7 +246,7 @@ class Worker:
         )  # fmt: skip
         if not math.isfinite(local.run.loss) or not np.isfinite(local.coefficients).all():
             if config.privacy.client is not None:
-                return self._nothing(task)
+                return self.nothing(task)
             raise diverged(shard.name, task.round, local.run.loss)
         return self._update(task, encoded, local.run, self._rounded(local, shard, task))
 
@@ -372,6 +379,11 @@ class Worker:
                 hint="measure on a public file: data.eval",
                 code=ExitCode.PRIVACY,
             )
+        if self.config.federation.secure is not None or self.config.evaluation.clients == 0:
+            raise FedtuneError(
+                "scores of one client would tell what a secure sum hides, or were not agreed to",
+                hint="measure on a public file: data.eval", code=ExitCode.PRIVACY,
+            )  # fmt: skip
         encoded = self._encode(self.shard(index), held=True)
         seeded = self.config.tuning.seeded
         model = (

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fedtune.config_privacy import ExamplePrivacyConfig, PrivacyConfig
+from fedtune.config_privacy import ClientPrivacyConfig, ExamplePrivacyConfig, PrivacyConfig
 from fedtune.config_server import SecureConfig, ServerConfig
 from fedtune.config_tuning import PoolConfig, ProbeConfig, SplitConfig, TuningConfig
 from fedtune.prompt import TEMPLATE, split_template
@@ -407,6 +407,13 @@ def _require_private(config: Config) -> None:
         raise ValueError("privacy needs " + "; and ".join(broken))
 
 
+def _cohorts(federation: FederationConfig, client: ClientPrivacyConfig) -> range:
+    """Return the sizes of cohort from which a sum may come out, up to the nominal population."""
+    secure = federation.secure
+    least = secure.least(client.population) if secure else 1
+    return range(max(least, secure.min_cohort if secure else 1), client.population + 1)
+
+
 def _require_secure(config: Config) -> None:
     """Refuse what a sum of whole numbers, of which nobody sees the parts, cannot do."""
     federation, client = config.federation, config.privacy.client
@@ -431,6 +438,9 @@ def _require_secure(config: Config) -> None:
          "privacy.client.noise_at='clients': with noise at the server its sum would be bare"),
         (client is None or federation.secure.honest(client.population) >= 1,
          "federation.secure.colluding below the survivors of privacy.client.population"),
+        (client is None or all(map(federation.secure.tolerates, _cohorts(federation, client))),
+         "federation.secure.threshold above that, or colluding below it: a server that cheats with "
+         "so many clients could open a single update (1.0 for three clients)"),
         ((client is not None) != (federation.secure.clip_norm > 0),
          "federation.secure.clip_norm above 0 without [privacy.client], and 0 with it: it has one"),
     ]  # fmt: skip

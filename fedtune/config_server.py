@@ -77,6 +77,23 @@ class SecureConfig(BaseModel):
         wanted = -(-round(self.threshold * cohort * 1_000_000) // 1_000_000)
         return min(cohort, max(wanted, cohort // 2 + 1))
 
+    def tolerates(self, cohort: int) -> bool:
+        """Say whether ``colluding`` members and a server that cheats learn nothing but a sum.
+
+        Fewer than ``2 t - n``, or they get two survivor sets signed; above 50 members, where
+        only neighbours hold shares, one in five (``privacy.secagg_graph``).
+
+        Examples
+        --------
+        >>> [SecureConfig().tolerates(n) for n in (3, 4, 10)]
+        [False, True, True]
+        >>> SecureConfig(threshold=1.0).tolerates(3)
+        True
+        """
+        if self.colluding >= 2 * self.least(cohort) - cohort:
+            return False
+        return cohort <= 50 or self.colluding <= cohort // 5
+
     def honest(self, cohort: int) -> int:
         """Return the smallest number of honest survivors that lets a sum out.
 

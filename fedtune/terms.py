@@ -62,6 +62,8 @@ class Own:
     threads : int
         Of torch.
     device : str
+    rows : int
+        Public bound on the number of rows: never the number itself.
     body, body_root, body_key : str
         Split tuning: where the body is served, its certificate, and this node's key.
     """
@@ -74,6 +76,7 @@ class Own:
     data: Mapping[str, Any] = field(default_factory=dict)
     threads: int = 1
     device: str = "cpu"
+    rows: int = 1
     body: str = ""
     body_root: str = ""
     body_key: str = ""
@@ -125,13 +128,13 @@ def accept(terms: str, own: Own) -> Config:
     if data.get("kind") == "classification" and not data.get("labels"):
         raise _refused("the terms name no data.labels: owners of data cannot agree on classes")
     data["partition"] = {"by": "owner", "column": own.name}
-    table = told | {
+    whole = told | {
         "data": data,
         "model": {**told["model"], "base": _base(told, own), "device": own.device},
         "privacy": {**told["privacy"], "ledger": own.ledger, "dataset": own.dataset},
         "engine": engine.model_dump(),
     }
-    return resolve(parse(table))
+    return resolve(parse(whole))
 
 
 def _base(told: Mapping[str, Any], own: Own) -> str:

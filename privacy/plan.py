@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from scipy.stats import poisson
+
 from fedtune.config import Config
 from fedtune.config_privacy import ClientPrivacyConfig, ExamplePrivacyConfig
 from fedtune.errors import ExitCode, FedtuneError
@@ -98,6 +100,28 @@ class Promise:
         event: Event = Gaussian(self.mechanism.noise_multiplier)
         event = with_laplace(event) if self.mechanism.law == "laplace" else event
         return spent([Charge(event, self.releases * self.rounds)], self.delta, self.relation)
+
+    def holds(self, units: int) -> bool:
+        """Say whether no batch of so many units is larger than the mechanism takes.
+
+        A Poisson batch may be, with a probability below 1e-12.
+
+        Examples
+        --------
+        >>> from fedtune.config import Config
+        >>> told = {"relation": "add-or-remove-one", "population": 400, "delta": 1e-5}
+        >>> promise = example_promise(Config.model_validate({
+        ...     "data": {"pack": False, "holdout": 0.0}, "federation": {"weighting": "uniform"},
+        ...     "privacy": {"example": told | {"noise_multiplier": 1.0}},
+        ...     "evaluation": {"clients": 0}}))
+        >>> promise.holds(1024), promise.holds(100_000)
+        (True, False)
+        """
+        mechanism = self.mechanism
+        if isinstance(mechanism.sampler, Everyone):
+            return units <= mechanism.most_drawn
+        mean = mechanism.sampler.rate * units
+        return bool(poisson.sf(mechanism.most_drawn, mean) < 1e-12)
 
     def blocks(self, names: tuple[str, ...], clip_norm: float) -> tuple[Block, ...]:
         """Return the blocks of a flat release, with the quantile rule's bits if it is on.

@@ -107,7 +107,7 @@ class Summing:
         start = 0
         for name, shape in self.names:
             end = start + math.prod(shape)
-            found[name] = (total[start:end] * self.grid).reshape(shape)
+            found[name] = (total[start:end].astype(np.float64) * self.grid).reshape(shape)
             start = end
         return found
 
@@ -143,7 +143,7 @@ def summing(
     >>> round(how.sigma, 4), how.grid == 2.0**-19, 10 * how.most < 2**31
     (0.7559, True, True)
     """
-    if honest < 1 or members < honest or not multiplier >= 0.0:
+    if honest < 1 or members < honest or not 0.0 <= multiplier < math.inf:
         raise _refused(f"{honest} honest of {members} members, noise multiplier {multiplier!r}")
     names = tuple(sorted((name, tuple(shape)) for name, shape in shapes.items()))
     size = sum(math.prod(shape) for _, shape in names)
@@ -152,7 +152,7 @@ def summing(
     while members * _most(clip, sigma, grid) >= _ROOM:
         grid *= 2.0
     coarse = grid * math.sqrt(size) / 2.0 > _COARSEST * clip
-    if coarse or 0.0 < sigma < LEAST * grid:
+    if coarse or (multiplier > 0.0 and sigma < LEAST * grid):
         raise _refused(
             f"{size} numbers of {members} members with noise multiplier {multiplier:g} do not fit "
             "a sum modulo 2^32"
@@ -160,13 +160,25 @@ def summing(
     return Summing(clip, sigma, grid, _most(clip, sigma, grid), names)
 
 
-def model_digest(tensors: Mapping[str, NDArray[Any]]) -> bytes:
-    """Return the SHA-256 of what a server sent as the model; every member's must be the same.
+def model_digest(tensors: Mapping[str, NDArray[Any]], agreed: str, lr: float) -> bytes:
+    """Return the SHA-256 of what a server asks of a member; every member's must be the same.
+
+    Members whose noise counts on each other must have agreed to the same terms, and one that
+    was sent another learning rate would stand out of the sum.
+
+    Parameters
+    ----------
+    tensors : mapping of name to array
+        The model.
+    agreed : str
+        SHA-256 of the experiment's terms.
+    lr : float
+        Learning rate of the round.
 
     What a client lacks of the past of a seed pool differs between clients, and is left out:
     the root hash of the rebuilt weights, which is part of it, stands for that.
     """
-    found = hashlib.sha256(b"fedtune model, version 1")
+    found = hashlib.sha256(f"fedtune model, version 1;{agreed};{float(lr).hex()};".encode())
     for name in sorted(tensors.keys() - set(_HISTORY)):
         value = np.ascontiguousarray(tensors[name])
         found.update(f"{len(name)}:{name}:{value.dtype.str}:{value.shape};".encode())

@@ -106,12 +106,12 @@ def plural(count: float, noun: str) -> str:
 
     Examples
     --------
-    >>> plural(1, "round"), plural(1200, "client"), plural(2, "copy")
-    ('1 round', '1,200 clients', '2 copies')
+    >>> plural(1, "round"), plural(1200, "client"), plural(2, "copy"), plural(5, "day")
+    ('1 round', '1,200 clients', '2 copies', '5 days')
     """
     if count == 1:
         return f"1 {noun}"
-    many = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    many = f"{noun[:-1]}ies" if noun.endswith("y") and noun[-2:-1] not in "aeo" else f"{noun}s"
     return f"{tidy(count)} {many}"
 
 

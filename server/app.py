@@ -81,7 +81,9 @@ def concluding(folder: RunFolder, outcome: Outcome) -> Iterator[None]:
         failed = isinstance(error, FedtuneError) and error.code != ExitCode.INTERRUPTED
         # A disk that is full must not hide what failed first.
         with contextlib.suppress(FedtuneError):
-            told = {"code": int(error.code), "hint": error.hint} if failed else {}
+            told: dict[str, Any] = {}
+            if failed and isinstance(error, FedtuneError):
+                told = {"code": int(error.code), "hint": error.hint}
             status = "failed" if failed else "stopped"
             folder.update_status(status=status, reason=_why(error), **told)
 

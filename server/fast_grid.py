@@ -9,6 +9,7 @@ __all__ = ["hasten", "pauses"]
 
 _FIRST_SECONDS, _MOST_SECONDS = 0.01, 0.5
 _TRIES = 20_000
+_PULL = "pull_objects"
 
 
 def hasten() -> None:
@@ -21,15 +22,17 @@ def hasten() -> None:
     """
     from flwr.superlink.grid import http_grid
 
-    if isinstance(http_grid.pull_objects, functools.partial):
+    pull = getattr(http_grid, _PULL)
+    if isinstance(pull, functools.partial):
         return
     # More tries, because each waits less: 500 of half a second would end a slow upload.
-    http_grid.pull_objects = functools.partial(
-        http_grid.pull_objects,
+    quick = functools.partial(
+        pull,
         initial_backoff=_FIRST_SECONDS,
         backoff_cap=_MOST_SECONDS,
         max_tries_per_object=_TRIES,
     )
+    setattr(http_grid, _PULL, quick)
 
 
 def pauses(least: float = 0.01, most: float = 0.25, factor: float = 1.5) -> Iterator[float]:

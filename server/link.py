@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from flwr.app import Message, RecordDict
-from flwr.serverapp import Grid
 
 from fedtune.errors import FedtuneError
 from fedtune.server.fast_grid import pauses
+from fedtune.server.patient import Mail
 from fedtune.wire import (
     Accepted,
     Advert,
@@ -22,16 +22,17 @@ from fedtune.wire import (
     Revealed,
     Share,
     Signed,
+    Task,
     Update,
     from_record,
     size_of,
     to_record,
 )
 
-__all__ = ["Answer", "GridLink", "Link", "plain"]
+__all__ = ["Answer", "GridLink", "Link", "Reply", "plain"]
 
-_Reply = TypeVar(
-    "_Reply", Hello, Update, Evaluation, Share, Accepted, Advert, Dealt, Signed, Revealed
+Reply = TypeVar(
+    "Reply", Hello, Update, Evaluation, Share, Accepted, Advert, Dealt, Signed, Revealed
 )
 _MOST_CHARACTERS = 500
 _KINDS: dict[type, str] = {
@@ -48,11 +49,11 @@ _KINDS: dict[type, str] = {
 
 
 @dataclass(frozen=True)
-class Answer(Generic[_Reply]):
+class Answer(Generic[Reply]):
     """What came back from one node: a checked record, or the reason why there is none."""
 
     node: int
-    value: _Reply | None
+    value: Reply | None
     problem: str
     bytes_up: int
 
@@ -65,8 +66,8 @@ class Link(Protocol):
         ...
 
     def ask(
-        self, reply: type[_Reply], nodes: Iterable[int], task: Record | None, seconds: float
-    ) -> tuple[int, Iterator[Answer[_Reply]]]:
+        self, reply: type[Reply], nodes: Iterable[int], task: Record | None, seconds: float
+    ) -> tuple[int, Iterator[Answer[Reply]]]:
         """Send one task to many nodes; return its bytes per node, and the answers as they come.
 
         The iterator ends when all have answered or ``seconds`` are over.
@@ -74,8 +75,8 @@ class Link(Protocol):
         ...
 
     def ask_each(
-        self, reply: type[_Reply], tasks: Mapping[int, Record | None], seconds: float
-    ) -> tuple[dict[int, int], Iterator[Answer[_Reply]]]:
+        self, reply: type[Reply], tasks: Mapping[int, Record | None], seconds: float
+    ) -> tuple[dict[int, int], Iterator[Answer[Reply]]]:
         """Send each node its own task; return the bytes of each, and the answers as they come."""
         ...
 
@@ -92,7 +93,7 @@ def _grouped(tasks: Mapping[int, Record | None]) -> Iterator[tuple[Record | None
 class GridLink:
     """``Link`` over a Flower ``Grid``, whatever engine is behind it."""
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: Mail) -> None:
         self._grid = grid
 
     def nodes(self) -> list[int]:
@@ -100,19 +101,19 @@ class GridLink:
         return sorted(self._grid.get_node_ids())
 
     def ask(
-        self, reply: type[_Reply], nodes: Iterable[int], task: Record | None, seconds: float
-    ) -> tuple[int, Iterator[Answer[_Reply]]]:
+        self, reply: type[Reply], nodes: Iterable[int], task: Record | None, seconds: float
+    ) -> tuple[int, Iterator[Answer[Reply]]]:
         """Send one task to many nodes; see ``Link``."""
         sizes, answers = self.ask_each(reply, dict.fromkeys(nodes, task), seconds)
         return max(sizes.values(), default=0), answers
 
     def ask_each(
-        self, reply: type[_Reply], tasks: Mapping[int, Record | None], seconds: float
-    ) -> tuple[dict[int, int], Iterator[Answer[_Reply]]]:
+        self, reply: type[Reply], tasks: Mapping[int, Record | None], seconds: float
+    ) -> tuple[dict[int, int], Iterator[Answer[Reply]]]:
         """Send each node its own task; see ``Link``."""
         deadline = time.monotonic() + seconds
         sizes: dict[int, int] = {}
-        waiting: set[str] = set()
+        waiting: dict[str, int] = {}
         for task, nodes in _grouped(tasks):
             content = to_record(task) if task is not None else RecordDict()
             group = _group(task)
@@ -120,21 +121,25 @@ class GridLink:
                 Message(content, node, _KINDS[reply], ttl=seconds, group_id=group) for node in nodes
             ]
             sizes |= dict.fromkeys(nodes, size_of(messages[0]))
-            waiting |= set(self._grid.push_messages(messages))
+            # One that Flower did not take has no id: nobody will answer it.
+            sent = zip(self._grid.push_messages(messages), nodes, strict=False)
+            waiting |= {name: node for name, node in sent if name}
         return sizes, self._answers(reply, waiting, deadline)
 
     def _answers(
-        self, reply: type[_Reply], waiting: set[str], deadline: float
-    ) -> Iterator[Answer[_Reply]]:
+        self, reply: type[Reply], waiting: dict[str, int], deadline: float
+    ) -> Iterator[Answer[Reply]]:
         pause = pauses()
         while waiting and time.monotonic() < deadline:
             heard = False
             for message in self._grid.pull_messages(sorted(waiting)):
-                if message.metadata.reply_to_message_id not in waiting:
+                # Whom it is from is known by what it answers: an error that Flower makes in
+                # a node's place has the server's own number.
+                node = waiting.pop(message.metadata.reply_to_message_id, None)
+                if node is None:
                     continue
                 heard = True
-                waiting.discard(message.metadata.reply_to_message_id)
-                yield _read(reply, message)
+                yield _read(reply, message, node)
             if heard:
                 pause = pauses()
             else:
@@ -143,13 +148,13 @@ class GridLink:
 
 def _group(task: Record | None) -> str:
     """Return the round and attempt of what is asked, for whoever reads Flower's logs."""
-    if task is None or not hasattr(task, "attempt"):
-        return ""
-    return f"{task.round}.{task.attempt}"
+    if isinstance(task, Task | Advert | Dealt | Signed | Revealed):
+        return f"{task.round}.{task.attempt}"
+    return ""
 
 
-def _read(reply: type[_Reply], message: Message) -> Answer[_Reply]:
-    node, size = message.metadata.src_node_id, size_of(message)
+def _read(reply: type[Reply], message: Message, node: int) -> Answer[Reply]:
+    size = size_of(message)
     if message.has_error():
         reason = message.error.reason or f"error {message.error.code}"
         return Answer(node, None, plain(reason), size)

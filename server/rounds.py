@@ -310,7 +310,8 @@ def _take(
     given = update.tensors
     if isinstance(done.cohort, PrivateSum):
         given = narrow(tuned, given, task.round)
-    done.cohort.add(float(weight), given)
+    if not isinstance(done.cohort, SecureSum):
+        done.cohort.add(float(weight), given)
     done.histories.append(history)
     if not done.private:
         done.losses.append((weight, update.loss))
@@ -393,7 +394,7 @@ def _evaluated(
 ) -> dict[str, Any]:
     """Measure a state: on the federation's held-out file, and on each client's own rows."""
     config = tuned.config
-    limit = config.evaluation.clients
+    limit = 0 if config.federation.secure else config.evaluation.clients
     asked = list(members) if limit < 0 else list(members[:limit])
     found: dict[str, Any] = {}
     parts: dict[str, Counts] = {}

@@ -25,10 +25,11 @@ from fedtune.privacy.secagg import Collector, Context, from_field
 from fedtune.privacy.summing import Summing, model_digest, summing
 from fedtune.server.asking import Epochs, Member
 from fedtune.server.checkpoint import State
-from fedtune.server.link import Answer, Link, plain
+from fedtune.server.link import Answer, Link, Reply, plain
 from fedtune.server.run_folder import RunFolder
 from fedtune.server.seeded import tensors_for
 from fedtune.server.tuned import Tuned
+from fedtune.terms import digest_of, propose
 from fedtune.wire import (
     WITHHELD,
     Advert,
@@ -45,7 +46,7 @@ __all__ = ["Identities", "Secure", "SecureSum", "Told", "open_secure", "secure_a
 
 Identities = Callable[[], Mapping[str, Ed25519PublicKey]]
 Ended = Literal["ok", "late", "failed", "dropped"]
-_Reply = TypeVar("_Reply", bound=Any)
+_Step = TypeVar("_Step", Advert, Dealt, Update, Signed, Revealed)
 
 _SHARES = "secure/"
 _STEP_SECONDS = 120.0
@@ -98,8 +99,8 @@ class _Attempt:
     down: dict[str, int] = field(default_factory=dict)
 
     def ask(
-        self, reply: type[_Reply], asked: Mapping[str, Any], seconds: float,
-        take: Callable[[str, _Reply], None],
+        self, reply: type[Reply], asked: Mapping[str, Any], seconds: float,
+        take: Callable[[str, Reply], None],
     ) -> None:  # fmt: skip
         """Ask members for one step; who does not answer well is out."""
         place = {self.nodes[name]: name for name in asked}
@@ -116,7 +117,7 @@ class _Attempt:
         for name in sorted(asked.keys() - heard):
             self.out(name, "late", f"no {reply.__name__.lower()} within {seconds:g} s")
 
-    def _take(self, name: str, answer: Answer[_Reply], take: Callable[[str, _Reply], None]) -> None:
+    def _take(self, name: str, answer: Answer[Reply], take: Callable[[str, Reply], None]) -> None:
         if answer.value is None:
             self.out(name, "failed", answer.problem)
             return
@@ -217,7 +218,8 @@ def secure_attempt(
     members = {member.client: member for member in chosen}
     shapes = {name: value.shape for name, value in state.adapter.items()}
     sent = _tensors(tuned, state, members, epochs)
-    digest = model_digest(next(iter(sent.values()))) if sent else bytes(32)
+    agreed = digest_of(propose(config))
+    digest = model_digest(next(iter(sent.values()), {}), agreed, task.lr)
     settings = config.federation.secure
     if settings is None:
         raise FedtuneError("no [federation.secure]", code=ExitCode.CONFIG)
@@ -315,7 +317,7 @@ def _range(config: Config, shapes: Mapping[str, tuple[int, ...]], members: int) 
     return summing(shapes, members, settings.clip_norm if settings else 0.0)
 
 
-def _of(answer: _Reply, task: Task) -> _Reply:
+def _of(answer: _Step, task: Task) -> _Step:
     """Refuse an answer to another round or attempt."""
     if (answer.round, answer.attempt) != (task.round, task.attempt):
         raise FedtuneError(

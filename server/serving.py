@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -22,13 +21,14 @@ from flwr.serverapp import Grid
 from fedtune.config import Config
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.keys.node import public_line
-from fedtune.keys.roster import Roster, logins, read_roster, signers
+from fedtune.keys.roster import logins, read_roster, signers
 from fedtune.server.app import Outcome, concluding, work
 from fedtune.server.books import open_books
 from fedtune.server.event_log import EVENTS, EventLog
 from fedtune.server.events import ClientDone, Watcher
 from fedtune.server.fast_grid import hasten
-from fedtune.server.link import Answer, GridLink, plain
+from fedtune.server.link import Answer, GridLink, Reply, plain
+from fedtune.server.patient import Patient
 from fedtune.server.run_folder import RunFolder
 from fedtune.server.tuned import load_tuned
 from fedtune.terms import digest_of, propose
@@ -36,11 +36,11 @@ from fedtune.wire import Accepted, Hello, Record, Terms
 
 __all__ = ["Served", "for_owners", "run"]
 
-_Reply = TypeVar("_Reply", bound=Any)
-_PATIENCE = 600.0
-"""Seconds that a node may take to load the model before it says whether it takes part."""
-_AGAIN = 30.0
-"""Seconds until a node that refused is asked again: its owner may have changed the policy."""
+_PATIENCE = 60.0
+"""Seconds that a node may let others wait before it says whether it takes part."""
+_AGAIN, _MOST_AGAIN = 30.0, 960.0
+"""Seconds until a node that refused or said nothing is asked again, doubled each time: its owner
+may have changed the policy, its model may be loaded by then; and it must not hold up others."""
 _LOOK = 0.5
 
 
@@ -82,7 +82,7 @@ def run(grid: Grid, path: Path) -> None:
         tuned = load_tuned(config, labels)
         keys = Path(config.federation.server.keys)
         terms = Terms(folder.job(), propose(config), tuned.fingerprint, {})
-        link = Served(GridLink(grid), lambda: _keys(grid), terms, config, keys, watch)
+        link = Served(GridLink(Patient(grid)), lambda: _keys(grid), terms, config, keys, watch)
         books = open_books(config, folder.books, folder.job())
         work(
             link, config, labels, folder, watch, tuned=tuned, books=books,
@@ -119,6 +119,8 @@ class Served:
     clock: Callable[[], float] = time.monotonic
     _agreed: dict[int, str] = field(default_factory=dict)
     _refused: dict[int, tuple[float, str]] = field(default_factory=dict)
+    _pauses: dict[int, float] = field(default_factory=dict)
+    _serial: int = 0
     _begun: bool = False
 
     def nodes(self) -> list[int]:
@@ -149,15 +151,15 @@ class Served:
             self.sleep(_LOOK)
 
     def ask(
-        self, reply: type[_Reply], nodes: Iterable[int], task: Record | None, seconds: float
-    ) -> tuple[int, Iterator[Answer[_Reply]]]:
+        self, reply: type[Reply], nodes: Iterable[int], task: Record | None, seconds: float
+    ) -> tuple[int, Iterator[Answer[Reply]]]:
         """Send one task to many nodes; see ``Link``."""
         size, answers = self.link.ask(reply, nodes, task, seconds)
         return size, map(self._named, answers)
 
     def ask_each(
-        self, reply: type[_Reply], tasks: Mapping[int, Record | None], seconds: float
-    ) -> tuple[dict[int, int], Iterator[Answer[_Reply]]]:
+        self, reply: type[Reply], tasks: Mapping[int, Record | None], seconds: float
+    ) -> tuple[dict[int, int], Iterator[Answer[Reply]]]:
         """Send each node its own task; see ``Link``."""
         sizes, answers = self.link.ask_each(reply, tasks, seconds)
         return sizes, map(self._named, answers)
@@ -179,15 +181,18 @@ class Served:
         for node in [n for n, name in self._agreed.items() if enrolled.get(n, name) != name]:
             del self._agreed[node]
         now = self.clock()
+        # A new roster goes to all: members of a secure sum must know each other.
+        known = self._agreed if roster.serial == self._serial else {}
         fresh = [
             node for node in enrolled
-            if node not in self._agreed and self._refused.get(node, (now,))[0] <= now
+            if node not in known and self._refused.get(node, (now,))[0] <= now
         ]  # fmt: skip
         if fresh:
-            self._invite(fresh, enrolled, roster)
+            self._invite(fresh, enrolled)
+        self._serial = roster.serial
         return sorted(node for node in self._agreed if node in enrolled)
 
-    def _invite(self, nodes: list[int], names: Mapping[int, str], roster: Roster) -> None:
+    def _invite(self, nodes: list[int], names: Mapping[int, str]) -> None:
         signed = np.frombuffer((self.keys / "roster").read_bytes(), np.uint8)
         terms = Terms(self.terms.job, self.terms.terms, self.terms.fingerprint, {"roster": signed})
         _, answers = self.link.ask(Accepted, nodes, terms, _PATIENCE)
@@ -197,9 +202,13 @@ class Served:
             if not words:
                 self._agreed[node] = names[node]
                 self._refused.pop(node, None)
+                self._pauses.pop(node, None)
                 continue
+            self._agreed.pop(node, None)
             again = self._refused.get(node, (0.0, ""))[1] == words
-            self._refused[node] = (self.clock() + _AGAIN, words)
+            pause = self._pauses.get(node, _AGAIN)
+            self._pauses[node] = min(_MOST_AGAIN, 2 * pause)
+            self._refused[node] = (self.clock() + pause, words)
             if not again:
                 self.watch(ClientDone(0, names[node], "failed", words, 0))
 
@@ -214,7 +223,7 @@ class Served:
             return "has agreed to other terms"
         return ""
 
-    def _named(self, answer: Answer[_Reply]) -> Answer[_Reply]:
+    def _named(self, answer: Answer[Reply]) -> Answer[Reply]:
         """Let a node speak under its enrolled name only."""
         name = self._agreed.get(answer.node, "")
         if isinstance(answer.value, Hello) and answer.value.client != name:
@@ -226,7 +235,7 @@ class Served:
 def _keys(grid: Grid) -> dict[int, str]:
     """Return the public keys of the nodes that are online, as the roster writes them."""
     found = {}
-    for node in grid.get_nodes():  # type: ignore[attr-defined]
+    for node in grid.get_nodes():
         if node.status != "online":
             continue
         try:

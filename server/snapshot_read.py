@@ -235,7 +235,7 @@ def _values(lines: list[bytes]) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             value = json.loads(line)
-        except ValueError:  # half a line, from a disk that was full
+        except (ValueError, RecursionError):  # half a line, from a disk that was full
             continue
         if isinstance(value, dict):
             yield value

@@ -169,6 +169,8 @@ class Supervisor:
                 )  # fmt: skip
             self._trouble("the ServerApp", "died; going on from the last committed round")
             self.engine.stop_run(run)
+            # Where the disk is full that raises: another ServerApp would only die of it too.
+            folder.update_status(status="starting")
             run = self.engine.start_run(folder.path)
 
     def _ended(self, folder: RunFolder, status: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import platform
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -55,11 +56,12 @@ def examine_server(
     from fedtune.keys.node import read_identity
 
     found: list[Check] = []
-    for name, act in (
-        ("identity", lambda: f"'{read_identity(key).name}' from '{key}'"),
-        ("certificate", lambda: f"'{ca}' is a federation's" if door_of(server, key, ca) else ""),
-        ("policy", lambda: _judged(policy, home or key.with_name(f"{key.stem}.node"))),
-    ):
+    steps: dict[str, Callable[[], str]] = {
+        "identity": lambda: f"'{read_identity(key).name}' from '{key}'",
+        "certificate": lambda: f"'{ca}' is a federation's" if door_of(server, key, ca) else "",
+        "policy": lambda: _judged(policy, home or key.with_name(f"{key.stem}.node")),
+    }
+    for name, act in steps.items():
         try:
             found.append(Check(name, True, act()))
         except FedtuneError as error:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedtune.cli.joining import NodeState
     from fedtune.client.fleet import Door, NodeEvent
     from fedtune.client.node import Node
+    from fedtune.terms import Own
 
 __all__ = ["door_of", "join"]
 
@@ -85,7 +86,7 @@ def join(
         )  # fmt: skip
         door = replace(door_of(server, key, ca, rules.message_mb), memo=place / "seat.json")
         with _alone(place):
-            _require_rows(own)
+            own = replace(own, rows=_bound_of(_count_rows(own), rules.rows_at_most))
             view = _View(out, server, identity.name, rules.max_epsilon)
             from fedtune.client.node import Node
 
@@ -176,6 +177,7 @@ class _View:
 def _alone(home: Path) -> Iterator[None]:
     """Keep a node's folder to one process: two would share one identity and one ledger."""
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    home.chmod(0o700)
     with (home / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -187,14 +189,24 @@ def _alone(home: Path) -> Iterator[None]:
         yield
 
 
-def _require_rows(own: Any) -> None:
-    """Refuse text that cannot be read before anybody is told of this node."""
+def _bound_of(rows: int, most: int) -> int:
+    """Return what may be known of the number of rows: the owner's bound, or a power of two."""
+    if most and rows > most:
+        raise FedtuneError(
+            f"the text has {rows} rows, more than rows_at_most={most}",
+            hint="raise it in the policy, or give fewer rows", code=ExitCode.DATA,
+        )  # fmt: skip
+    return most or 1 << max(0, rows - 1).bit_length()
+
+
+def _count_rows(own: Own) -> int:
+    """Read the text before anybody is told of this node; return how many rows it has."""
     from fedtune.config import DataConfig
     from fedtune.data.read import read_table
 
     keys = ("format", "split", "separator", "pattern", "encoding")
     settings = {name: own.data[name] for name in keys if name in own.data}
-    read_table(DataConfig(source=own.source, **settings), own.source)
+    return len(read_table(DataConfig(source=own.source, **settings), own.source).rows)
 
 
 def _stopper() -> threading.Event:

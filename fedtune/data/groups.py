@@ -52,7 +52,7 @@ def group(
     if how.by == "column":
         groups = _by_column(rows, columns, how, notes)
     elif how.by == "owner":
-        groups = {how.column: list(range(len(rows)))}
+        return {how.column: list(range(len(rows)))}, notes
     else:
         groups = _by_library(rows, columns, data, seed)
     kept = {name: found for name, found in groups.items() if len(found) >= how.min_rows}

@@ -12,7 +12,7 @@ import numpy as np
 from fedtune.config import DataConfig
 from fedtune.data.groups import group
 from fedtune.data.read import read_table
-from fedtune.data.row import Row, check_columns, check_label, columns_of, usable
+from fedtune.data.row import Row, check_columns, check_label, columns_of, fits, usable
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.seeds import derive
 
@@ -131,15 +131,20 @@ def partition(rows: Sequence[Row], data: DataConfig, seed: int) -> Federation:
     """
     if not rows:
         raise _error("there are no rows to divide", "check data.source")
-    check_columns(columns_of(rows), data)
+    owned = data.partition.by == "owner"
+    if not owned:
+        check_columns(columns_of(rows), data)
     groups, notes = group(rows, data, seed)
     labels = _labels(rows, data, notes)
     kept: dict[str, list[Row]] = {}
     for name in sorted(groups):
         mine = [rows[i] for i in groups[name]]
-        _check_labels(mine, data, labels, f"client '{name}'")
-        kept[name] = [row for row in mine if usable(row, data, labels)]
-    if not any(kept.values()):
+        # At an owner's node a server hears whether this fails, so that no row may decide it:
+        # what does not fit is left out, and the owner is told.
+        if not owned:
+            _check_labels(mine, data, labels, f"client '{name}'")
+        kept[name] = [row for row in mine if fits(row, data) and usable(row, data, labels)]
+    if not owned and not any(kept.values()):
         raise _error(
             f"no client of the {len(kept)} has a usable row",
             "rows need text, and a completion or label where the kind of data has one",

@@ -165,6 +165,14 @@ def check_label(label: str, labels: Sequence[str], whose: str) -> None:
     )
 
 
+def fits(row: Mapping[str, str], data: DataConfig) -> bool:
+    """Tell whether a row has every column that ``data`` names."""
+    if data.kind == "instruction":
+        wanted = (*template_columns(data.prompt), *template_columns(data.completion))
+        return all(name in row for name in wanted)
+    return data.text in row and (data.kind != "classification" or data.label in row)
+
+
 def usable(row: Mapping[str, str], data: DataConfig, labels: Sequence[str]) -> bool:
     """Tell whether a row can become an example: it has text, and a label where one is needed.
 

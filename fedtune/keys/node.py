@@ -54,8 +54,10 @@ _FILE = re.compile(rf"({_BLOCK})({_BLOCK})# fedtune node ({_NAME.pattern})\n?")
 _MOST_LINE = 1024
 _MOST_ENROLLED = 1 << 24
 _OPENSSH = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-_UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm, NotImplementedError)
-"""What the library raises for keys that it does not read; the last one for compressed points."""
+_UNREADABLE = (
+    ValueError, TypeError, UnsupportedAlgorithm, NotImplementedError, IndexError,
+)  # fmt: skip
+"""What the library raises for keys; the last two for points that are compressed or empty."""
 _MAKE = "make one with: fedtune keys node NAME"
 _ASK = "ask the node for the file NAME.pub that 'fedtune keys node' made"
 

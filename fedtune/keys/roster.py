@@ -248,6 +248,8 @@ def decode(data: bytes, ca_pem: bytes, least_serial: int = 0) -> Roster:
     signed = {name: value for name, value in fields.items() if name != "signature"}
     try:
         signature = bytes.fromhex(fields["signature"])
+        if signature.hex() != fields["signature"]:
+            raise ValueError("another spelling")
         ca_key_of(ca_pem).verify(signature, _CONTEXT + _text(signed), ec.ECDSA(hashes.SHA384()))
     except (ValueError, InvalidSignature) as error:
         raise refused("the roster is not signed by this federation's CA", _ASK) from error

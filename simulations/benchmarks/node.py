@@ -27,7 +27,7 @@ from fedtune.simulations.benchmarks.node_arms import Figures, ours, scratch, sto
 __all__ = ["main"]
 
 _LARGE = 100_000_000
-_SETTLED = 50
+_SETTLED, _FEW = 50, 10
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,13 @@ def main(arguments: list[str] | None = None) -> None:
     scale = _QUICK if options.quick else _FULL
     count = options.nodes or scale.nodes
     with scratch() as folder:
-        theirs = stock([(0, scale.empty_stock), (_LARGE, scale.large)], folder / "stock")
-        mine = ours([(0, scale.empty_ours), (_LARGE, scale.large)], folder / "ours")
-        many = ours([(0, scale.rounds_of_many)], folder / "many", count, scale.idle)
-        flat = (
-            ours([(0, scale.rounds_of_flat)], folder / "flat", 10) if scale.rounds_of_flat else many
-        )
+        large = (_LARGE, scale.large, scale.warm)
+        theirs = stock([(0, scale.empty_stock, True), large], folder / "stock")
+        mine = ours([(0, scale.empty_ours, True), large], folder / "ours")
+        many = ours([(0, scale.rounds_of_many, True)], folder / "many", count, scale.idle)
+        flat = many
+        if scale.rounds_of_flat:
+            flat = ours([(0, scale.rounds_of_flat, True)], folder / "flat", _FEW)
     result = _compared(theirs, mine) | _many(count, many, flat)
     _show(result)
     sys.stdout.write(json.dumps(result) + "\n")
@@ -85,20 +86,23 @@ def _compared(theirs: Figures, mine: Figures) -> dict[str, float]:
 
 
 def _many(count: int, many: Figures, flat: Figures) -> dict[str, float]:
-    rounds = len(flat.end_mb)
-    # Buffers and caches fill in the first rounds: what grows after that would go on.
-    early = min(_SETTLED, rounds // 2)
-    growth = (flat.end_mb[-1] - flat.end_mb[early]) / max(1, rounds - 1 - early)
-    return {
+    rounds = len(flat.end_mb) - 1
+    found = {
         "nodes": count,
         f"round_seconds_{count}_nodes": statistics.median(many.seconds[0]),
         "server_mb": many.end_mb[-1],
         "server_mb_per_node": (many.end_mb[-1] - many.start_mb) / count,
-        "server_mb_growth_200_rounds": 200 * growth,
-        "flat_rounds": rounds,
-        "idle_server_cpu_per_node": many.idle_server,
-        "idle_node_cpu": many.idle_node,
     }
+    if rounds >= 2 * _SETTLED:
+        # Buffers and caches fill in the first rounds: what grows after that would go on.
+        growth = (flat.end_mb[-1] - flat.end_mb[_SETTLED]) / (rounds - _SETTLED)
+        found |= {"server_mb_growth_200_rounds": 200 * growth, "flat_rounds": rounds}
+    if many.idle_node:
+        found |= {
+            "idle_server_cpu_per_node": many.idle_server,
+            "idle_node_cpu": many.idle_node,
+        }
+    return found
 
 
 def _show(result: dict[str, float]) -> None:
@@ -122,7 +126,8 @@ def _show(result: dict[str, float]) -> None:
         ("CPU of an idle node at the server, %", "idle_server_cpu_per_node", ".2%"),
         ("CPU of an idle node at home, %", "idle_node_cpu", ".2%"),
     ):
-        more.add_row(words, format(result[key], form))
+        if key in result:
+            more.add_row(words, format(result[key], form))
     console.print(more)
 
 

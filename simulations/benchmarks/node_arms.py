@@ -275,11 +275,14 @@ def _spawn(command: list[str], log: Path, environment: dict[str, str]) -> subpro
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End a process and all that it started."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        family = [*psutil.Process(process.pid).children(recursive=True), process]
-        for one in family:
+        children = psutil.Process(process.pid).children(recursive=True)
+        for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):
-                one.terminate()
-        psutil.wait_procs(family[:-1], timeout=5)
+                child.terminate()
+        process.terminate()
+        _, stubborn = psutil.wait_procs(children, timeout=5)
+        for child in stubborn:
+            child.kill()
     if process.stdin is not None:
         process.stdin.close()
     try:

@@ -37,8 +37,10 @@ NAMES = ("ann", "bob", "cy")
 SECRET = "Zebedee-4711"
 """In every row of text: it must be in nothing that leaves."""
 EXAMPLE: dict[str, Any] = {
-    "relation": "add-or-remove-one", "population": 20, "delta": 1e-6, "noise_multiplier": 4.0,
+    "relation": "add-or-remove-one", "population": 12, "delta": 1e-6, "noise_multiplier": 4.0,
+    "sampler": "everyone",
 }  # fmt: skip
+"""Costs 1.06 for one round and 1.93 for three, which is found at once."""
 CLIENTS: dict[str, Any] = {
     "relation": "replace-special", "population": 3, "delta": 1e-6, "noise_multiplier": 4.0,
     "noise_at": "clients", "sampler": "everyone", "clip_norm": 0.5,
@@ -53,7 +55,7 @@ def experiment(**changes: Any) -> Config:
     table: dict[str, Any] = {
         "name": "wards", "seed": 7,
         "data": {"max_length": 16, "pack": False, "holdout": 0.0},
-        "tuning": {"rank": 2, "lr": 5e-3, "batch_size": 2, "steps": 1},
+        "tuning": {"rank": 2, "lr": 5e-3, "batch_size": 12, "steps": 1},
         "federation": {"rounds": 3, "weighting": "uniform", "retries": 0},
         "privacy": {"example": EXAMPLE}, "evaluation": {"clients": 0},
     }  # fmt: skip

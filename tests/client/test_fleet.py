@@ -237,7 +237,10 @@ def test_a_killed_node_comes_back_and_says_what_it_lost(setting: Setting, tmp_pa
             owner.wait_for("dropped")
 
 
-def test_an_unknown_key_is_refused_in_words(setting: Setting) -> None:
+def test_an_unknown_key_is_refused_in_words(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedtune.client.fleet_seat._STRANGE_PATIENCE", 1.0)
     link, _, _, _ = setting
     node = start(Door(link.fleet, link.root, new_key()), echo)
     node.join(20)

@@ -181,21 +181,22 @@ def test_other_lines_are_refused(tmp_path: Path) -> None:
     assert line_of(parse_line(LINE + "\r\n")) == LINE
 
 
-def _compressed() -> str:
-    """Return the login key of ann as an OpenSSH line with its point compressed."""
-    point = public_of(SAMPLE).login.public_bytes(
-        serialization.Encoding.X962, serialization.PublicFormat.CompressedPoint
-    )
-    parts = (b"ecdsa-sha2-nistp384", b"nistp384", point)
-    raw = b"".join(len(part).to_bytes(4, "big") + part for part in parts)
-    return f"ecdsa-sha2-nistp384 {base64.b64encode(raw).decode()}"
+def _key(kind: str, *fields: bytes) -> str:
+    """Return what OpenSSH's form of a key would be with these fields."""
+    raw = b"".join(len(field).to_bytes(4, "big") + field for field in (kind.encode(), *fields))
+    return f"{kind} {base64.b64encode(raw).decode()}"
 
 
-def test_compressed_points_are_refused(tmp_path: Path) -> None:
-    """The library has an error of its own for these, which once went through."""
-    signer = LINE.split(" ", 3)[3]
-    fails(lambda: parse_line(f"ann {_compressed()} {signer}"), "damaged")
-    (tmp_path / "enrolled").write_text(f"ann {_compressed()}\n")
+@pytest.mark.parametrize("case", ["compressed", "empty", "short", "other curve"])
+def test_odd_points_are_refused(tmp_path: Path, case: str) -> None:
+    """The library has errors of its own for some of these, which once went through."""
+    form = serialization.PublicFormat.CompressedPoint
+    compressed = public_of(SAMPLE).login.public_bytes(serialization.Encoding.X962, form)
+    curve = b"nistp256" if case == "other curve" else b"nistp384"
+    point = {"compressed": compressed, "short": b"\x04" + b"\1" * 20}.get(case, b"")
+    key = _key("ecdsa-sha2-nistp384", curve, point)
+    fails(lambda: parse_line(f"ann {key} {LINE.split(' ', 3)[3]}"), "damaged")
+    (tmp_path / "enrolled").write_text(f"ann {key}\n")
     fails(lambda: node.read_enrolled(tmp_path / "enrolled"), "line 1")
 
 
@@ -235,7 +236,17 @@ def test_flowers_own_node_reads_the_key(written: Path) -> None:
     assert public_key_to_bytes(found.public_key()) == public_key_to_bytes(public_of(SAMPLE).login)
 
 
+_ANY_KEY = st.builds(
+    lambda kind, fields: _key(kind, *fields),
+    st.sampled_from(["ecdsa-sha2-nistp384", "ssh-ed25519", "ssh-rsa", "ecdsa-sha2-nistp256"]),
+    st.lists(
+        st.sampled_from([b"nistp384", b"nistp256", b"", b"\4" + b"\1" * 96])
+        | st.binary(max_size=99),
+        max_size=3,
+    ),
+)  # fmt: skip
 _ANY_LINE = st.one_of(
+    st.builds(lambda a, b: f"ann {a} {b}", _ANY_KEY, st.just(LINE.split(" ", 3)[3]) | _ANY_KEY),
     st.text(max_size=600),
     st.builds(
         lambda at, put, cut: LINE[:at] + put + LINE[at + cut :],
@@ -256,12 +267,21 @@ def test_any_line_is_read_whole_or_refused(line: str) -> None:
 @FUZZ
 @given(
     at=st.integers(0, 1006), put=st.binary(max_size=8), cut=st.integers(0, 600),
-    whole=st.one_of(st.none(), st.binary(max_size=400)),
+    whole=st.one_of(st.none(), st.binary(max_size=400)), inside=st.booleans(),
 )  # fmt: skip
 def test_any_key_file_is_read_or_refused(
-    written: Path, tmp_path: Path, at: int, put: bytes, cut: int, whole: bytes | None
-) -> None:
+    written: Path, tmp_path: Path, at: int, put: bytes, cut: int,
+    whole: bytes | None, inside: bool,
+) -> None:  # fmt: skip
     good = written.read_bytes()
+    if inside:
+        # A good form around a damaged key.
+        head, tail = b"-----BEGIN OPENSSH PRIVATE KEY-----\n", b"-----END OPENSSH"
+        first = good.split(tail)[0]
+        raw = base64.b64decode(first.removeprefix(head))
+        raw = raw[:at] + put + raw[at + cut % 9 :]
+        good = head + base64.encodebytes(raw) + good[len(first) :]
+        at, put, cut = 0, b"", 0
     path = tmp_path / "fuzz.key"
     path.touch(0o600)
     path.write_bytes(good[:at] + put + good[at + cut :] if whole is None else whole)

