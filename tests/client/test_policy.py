@@ -19,7 +19,9 @@ DAY = datetime(2026, 3, 2)  # noqa: DTZ001 - local time, as the policy's
 BARE = experiment(privacy__example=None)
 BOTH = experiment(privacy__client=BY_SERVER)
 CENTRAL = experiment(privacy__example=None, privacy__client=BY_SERVER)
-SHARED = experiment(privacy__example=None, privacy__client=CLIENTS, federation__secure={"threshold": 1.0})
+SHARED = experiment(
+    privacy__example=None, privacy__client=CLIENTS, federation__secure={"threshold": 1.0}
+)
 
 
 def test_the_defaults_are_those_of_the_page() -> None:

@@ -33,3 +33,16 @@ def test_a_threat_has_tests_by_its_name_or_a_reason(number: int) -> None:
 def test_every_check_of_replay_is_explained() -> None:
     section = PAGE.split("## Record and replay")[1].split("\n## ")[0]
     assert set(re.findall(r"^\| `([\w-]+)` \|", section, flags=re.MULTILINE)) == set(CHECKS)
+
+
+def test_every_claim_about_trust_names_tests_that_are_there() -> None:
+    section = PAGE.split("## Who is trusted for what")[1].split("\n## ")[0]
+    row = r"^\| (?!who |---)[^|]+\|[^|]+\|[^|]+\|([^|]*)\|$"
+    rows = re.findall(row, section, flags=re.MULTILINE)
+    assert len(rows) > 8
+    assert all("`" in tests for tests in rows)
+    named = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", section)
+    assert len(named) > 20
+    for file, test in named:
+        text = (TESTS / file).read_text(encoding="utf-8")
+        assert not test or re.search(rf"^def {test}\(", text, flags=re.MULTILINE), (file, test)
