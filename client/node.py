@@ -48,6 +48,7 @@ _TOLD = frozenset(
         ExitCode.QUORUM, ExitCode.SIGNATURE,
     }
 )  # fmt: skip
+_OF_DISKS = frozenset({ExitCode.LEDGER, ExitCode.STORAGE})
 _JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,149}")
 _TERMS = "query.terms"
 _WORKS = frozenset({"train", "query.advert"})
@@ -151,7 +152,9 @@ class Node:
         # Its words may quote rows: they go to a file that only the owner reads.
         log_failure(self.home / "errors.log", error)
         if isinstance(error, FedtuneError):
-            self.tell(f"failed ({error.code.name}); see {self.home / 'errors.log'}")
+            # A disk that is full takes no log either; such words speak of files, not of rows.
+            said = str(error) if error.code in _OF_DISKS else f"see {self.home / 'errors.log'}"
+            self.tell(f"failed ({error.code.name}); {said}")
             return f"the node failed ({error.code.name}); its owner sees why"
         self.tell(f"failed: {type(error).__name__}; see {self.home / 'errors.log'}")
         return f"the node failed ({type(error).__name__}); its owner sees why"

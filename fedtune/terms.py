@@ -177,7 +177,7 @@ def _read(terms: str) -> dict[str, Any]:
     if _depth(terms) > _DEEPEST:
         raise _refused("the terms are nested too deep")
     try:
-        told = json.loads(terms, parse_constant=_no_constant)
+        told = json.loads(terms, parse_constant=_no_constant, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         raise _refused(f"the terms cannot be read: {type(error).__name__}") from error
     if not isinstance(told, dict) or not told.keys() >= _TOP:
@@ -191,6 +191,14 @@ def _depth(text: str) -> int:
         depth += (letter in "[{") - (letter in "]}")
         deepest = max(deepest, depth)
     return deepest
+
+
+def _whole(text: str) -> int:
+    """Return a whole number that any field could hold: 400 digits are no float."""
+    number = int(text)
+    if abs(number) >= 1 << 64:
+        raise ValueError(text[:20])
+    return number
 
 
 def _no_constant(text: str) -> float:

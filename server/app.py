@@ -78,12 +78,11 @@ def concluding(folder: RunFolder, outcome: Outcome) -> Iterator[None]:
         outcome.finished = True
     except BaseException as error:  # noqa: BLE001 - engines swallow what is raised here
         outcome.error = error
-        failed = isinstance(error, FedtuneError) and error.code != ExitCode.INTERRUPTED
+        code = error.code if isinstance(error, FedtuneError) else ExitCode.INTERNAL
+        failed = isinstance(error, Exception) and code != ExitCode.INTERRUPTED
         # A disk that is full must not hide what failed first.
         with contextlib.suppress(FedtuneError):
-            told: dict[str, Any] = {}
-            if failed and isinstance(error, FedtuneError):
-                told = {"code": int(error.code), "hint": error.hint}
+            told = {"code": int(code), "hint": getattr(error, "hint", "")} if failed else {}
             status = "failed" if failed else "stopped"
             folder.update_status(status=status, reason=_why(error), **told)
 

@@ -74,6 +74,10 @@ def _superlink(order: Mapping[str, Any]) -> None:
     from flwr.superlink.config_loader import SuperLinkLifespanConfig
     from flwr.superlink.main import create_app
 
+    from fedtune.server.fast_link import hold_questions, sweep_seldom
+
+    hold_questions()
+    sweep_seldom()
     # Flower allows 2 GiB for one call: enough to fill the memory with few of them.
     setattr(sys.modules[SuperLinkLifespan.__module__], _LONGEST, int(order["most_bytes"]))
     config = SuperLinkLifespanConfig(

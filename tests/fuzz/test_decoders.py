@@ -6,6 +6,7 @@ tests of this kind beside their own (``privacy/test_secagg_fuzz.py``, ``keys/``)
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
@@ -264,7 +265,7 @@ def _terms(rng: random.Random) -> str:
             here = here.get(name) if isinstance(here, dict) else None
         if not isinstance(here, dict):
             continue
-        value = rng.choice([*ODD, rng.random(), rng.randint(-5, 10**6)])
+        value = copy.deepcopy(rng.choice([*ODD, rng.random(), rng.randint(-5, 10**6)]))
         if isinstance(value, bytes):
             continue
         match rng.randint(0, 5):

@@ -315,7 +315,7 @@ def test_members_who_are_shown_different_models_say_no(here: Ward) -> None:
     made.wire.asking = other
     made.run()
     said = _refusals(made, "train")
-    assert "not the one that the cohort was told of" in said["ann"]
+    assert "not those that the cohort was told of" in said["ann"]
     assert (said["bob"], said["cy"]) == ("", "")
     assert outcomes(made)["ann"] == "failed"
     assert [line for line in here.sent("ann") if "masked update" in line["what"]] == []
