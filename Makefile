@@ -26,7 +26,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 HF_DATASETS_OFFLINE=1 \
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: help demo test env check lint types doctest proto fmt bench clean distclean
+.PHONY: help demo test faults env check lint types doctest proto fmt bench clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,10 @@ demo: $(VENV)/.stamp-run ## Tune a small model over simulated clients, on this m
 test: $(VENV)/.stamp-dev ## Run the tests, offline
 	@echo "==> pytest $(ARGS)"
 	@$(OFFLINE) $(BIN)/pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+faults: $(VENV)/.stamp-dev ## Kill, cut off and fill up real processes (minutes)
+	@echo "==> pytest -m faults $(ARGS)"
+	@$(OFFLINE) $(BIN)/pytest -m faults tests/real $(ARGS)
 
 env: $(VENV)/.stamp-dev ## Create .venv with everything that tests and checks need
 	@echo "==> ready: source $(BIN)/activate"

@@ -327,7 +327,8 @@ class Node:
         chain = self.ledger.entries(account)
         last = next((one for one in reversed(chain) if one.kind == Kind.BUDGET), None)
         ours = last is None or last.detail.get("note") == _NOTE
-        looser = account.epsilon is not None and (cap[0] > account.epsilon or cap[1] > now[1])
+        epsilon, delta = account.epsilon, account.delta
+        looser = epsilon is not None and delta is not None and (cap[0] > epsilon or cap[1] > delta)
         if not ours and looser:
             return account
         return self.ledger.set_budget(account, *cap, actor=self.identity.name, note=_NOTE)

@@ -29,7 +29,7 @@ from tests.real.faults import (
 from tests.real.kit import Federation, Process, federation
 from tests.real.proxy import proxy
 
-pytestmark = [pytest.mark.slow]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
 ALL = "quorum = 1.0\nretries = 50\n"
 CLOCK = """

@@ -163,7 +163,7 @@ class Hostile:
         self._send(self._spoilt(asked, well))
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.timeout(900)
 def test_a_node_that_answers_twice_late_and_for_others_changes_nothing(tmp_path: Path) -> None:
     settings = "quorum = 1.0\nretries = 9\n"

@@ -32,7 +32,7 @@ from tests.real.kit import Federation, federation, rows_of
 from tests.real.test_faults import kill
 from tests.real.test_federation import DISTRIBUTED, PRIVATE, UNIFORM
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
 _STOP = (signal.SIGSTOP, signal.SIGCONT)
 _RELEASES = 2
