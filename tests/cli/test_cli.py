@@ -107,7 +107,10 @@ def test_every_value_of_the_file_of_init_is_the_default(tmp_path: Path) -> None:
     from fedtune.configfile import difference, load
 
     command("init", str(tmp_path / "new.toml"))
-    assert difference(Config(), load(tmp_path / "new.toml")) == ()
+    found = difference(Config(), load(tmp_path / "new.toml"))
+    # Folders start at the file's own.
+    places = ("federation.server.keys: ", "federation.server.state: ")
+    assert [one for one in found if not one.startswith(places)] == []
 
 
 def test_init_overwrites_only_when_told(tmp_path: Path) -> None:

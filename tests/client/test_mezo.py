@@ -263,5 +263,5 @@ def test_a_worker_tunes_by_forward_passes(shared: Path, tmp_path: Path) -> None:
     other = worker.train(0, order(worker, start, number=2))
     assert not same(update.tensors, other.tensors)
     broken = {name: np.full_like(value, math.nan) for name, value in start.items()}
-    with pytest.raises(FedtuneError, match="diverged in round 1"):
+    with pytest.raises(FedtuneError, match="is not finite"):
         worker.train(0, order(worker, broken))
