@@ -10,8 +10,8 @@ from typing import Generic, Protocol, TypeVar
 from flwr.app import Message, RecordDict
 
 from fedtune.errors import FedtuneError
-from fedtune.server.fast_grid import pauses
 from fedtune.server.patient import Mail
+from fedtune.server.pauses import pauses
 from fedtune.wire import (
     Accepted,
     Advert,

@@ -26,7 +26,6 @@ from fedtune.server.app import Outcome, concluding, work
 from fedtune.server.books import open_books
 from fedtune.server.event_log import EVENTS, EventLog
 from fedtune.server.events import ClientDone, Watcher
-from fedtune.server.fast_grid import hasten
 from fedtune.server.link import Answer, GridLink, Reply, plain
 from fedtune.server.patient import Patient
 from fedtune.server.run_folder import RunFolder
@@ -73,7 +72,6 @@ def run(grid: Grid, path: Path) -> None:
     FedtuneError
         As ``work``; the folder's ``run.json`` says why.
     """
-    hasten()
     folder, outcome = RunFolder(path), Outcome()
     config = folder.config()
     watch = EventLog(path / EVENTS).hear

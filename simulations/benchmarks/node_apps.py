@@ -16,12 +16,14 @@ from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
-from fedtune.server.fast_grid import hasten, pauses
+from fedtune.server.link import GridLink
+from fedtune.server.patient import Patient
+from fedtune.wire import Task, Update, from_record, to_record
 
-__all__ = ["app", "main", "payload", "reply_to"]
+__all__ = ["app", "main", "reply_to", "task_of"]
 
 _TTL = 600.0
 app = ServerApp()
@@ -32,67 +34,47 @@ def serve(grid: Grid, context: Context) -> None:
     """Do the rounds that ``plan.json`` in the run's folder asks for; one line for each."""
     folder = Path(str(context.run_config["folder"]))
     plan = json.loads((folder / "plan.json").read_text())
-    hasten()
-    while len(nodes := list(grid.get_node_ids())) < plan["nodes"]:
+    link = GridLink(Patient(grid))
+    while len(nodes := link.nodes()) < plan["nodes"]:
         time.sleep(0.1)
     with (folder / "rounds.jsonl").open("a") as out:
         for size, rounds in plan["steps"]:
             for number in range(rounds):
-                content, first = payload(size, number)
+                task = task_of(size, number)
                 began = time.perf_counter()
-                heard = _exchange(grid, nodes, content)
+                heard = list(link.ask(Update, nodes, task, _TTL)[1])
                 seconds = time.perf_counter() - began
-                good = sum(_right(reply, size, first) for reply in heard)
+                good = sum(_right(answer.value, task, answer.node) for answer in heard)
                 line = {"bytes": size, "seconds": seconds, "good": good}
                 out.write(json.dumps(line) + "\n")
                 out.flush()
-                del content, heard
+                del task, heard
 
 
-def payload(size: int, number: int) -> tuple[RecordDict, int]:
-    """Return a message's content with an array of ``size`` bytes (0: none), and its first byte."""
-    fields = ConfigRecord({"round": number})
-    if not size:
-        return RecordDict({"fields": fields}), number
+def task_of(size: int, number: int) -> Task:
+    """Return a task with a tensor of ``size`` bytes (0: none)."""
     data = np.random.default_rng(number).bytes(size)
-    arrays = ArrayRecord({"x": Array("uint8", (size,), "bytes", data)})
-    return RecordDict({"fields": fields, "arrays": arrays}), data[0]
+    tensors = {"x": np.frombuffer(data, np.uint8)} if size else {}
+    return Task(number, 1, 0, 0.0, tensors)
 
 
 def reply_to(message: Message) -> Message:
     """Return as many bytes as came, all of them changed, in a way that differs by node."""
-    record = message.content
-    answer = RecordDict({"fields": record["fields"]})
-    if "arrays" in record:
-        add = np.uint8(message.metadata.dst_node_id % 255 + 1)
-        data = np.frombuffer(record.array_records["arrays"]["x"].data, np.uint8) + add
-        answer["arrays"] = ArrayRecord({"x": Array("uint8", data.shape, "bytes", data.tobytes())})
-    return Message(answer, reply_to=message)
+    task, add = from_record(Task, message.content), _added(message.metadata.dst_node_id)
+    tensors = {name: value + add for name, value in task.tensors.items()}
+    update = Update(task.round, task.attempt, 1, 0, 0, 0.0, tensors)
+    return Message(to_record(update), reply_to=message)
 
 
-def _exchange(grid: Grid, nodes: list[int], content: RecordDict) -> list[Message]:
-    messages = [Message(content, node, "train", ttl=_TTL) for node in nodes]
-    waiting = set(grid.push_messages(messages))
-    heard: list[Message] = []
-    pause, deadline = pauses(), time.monotonic() + _TTL
-    while waiting and time.monotonic() < deadline:
-        replies = list(grid.pull_messages(waiting))
-        waiting -= {reply.metadata.reply_to_message_id for reply in replies}
-        heard += replies
-        if replies:
-            pause = pauses()
-        else:
-            time.sleep(next(pause))
-    return heard
-
-
-def _right(reply: Message, size: int, first: int) -> bool:
-    if reply.has_error():
+def _right(update: Update | None, task: Task, node: int) -> bool:
+    if update is None or update.round != task.round or update.tensors.keys() != task.tensors.keys():
         return False
-    if not size:
-        return reply.content.config_records["fields"]["round"] == first
-    data = reply.content.array_records["arrays"]["x"].data
-    return len(data) == size and data[0] == (first + reply.metadata.src_node_id % 255 + 1) % 256
+    pairs = ((update.tensors[name], value + _added(node)) for name, value in task.tensors.items())
+    return all(np.array_equal(came, due) for came, due in pairs)
+
+
+def _added(node: int) -> np.uint8:
+    return np.uint8(node % 255 + 1)
 
 
 def main() -> None:

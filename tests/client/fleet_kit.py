@@ -22,7 +22,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from fedtune.client.fleet import Door, NodeEvent, serve_messages
-from fedtune.server.fast_grid import hasten, pauses
+from fedtune.server.patient import Patient
+from fedtune.server.pauses import pauses
 from fedtune.simulations.benchmarks.node_server import SuperLink, bundle
 
 PROJECT = """[project]
@@ -78,7 +79,6 @@ def serverapp(link: SuperLink) -> Iterator[HttpGrid]:
                 grid._runtime_client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
 
     threading.Thread(target=beat, daemon=True).start()
-    hasten()
     try:
         yield grid
     finally:
@@ -149,8 +149,9 @@ def ask(
     """Send one message and wait for its answer."""
     (name,) = grid.push_messages([Message(content, node, "train", ttl=ttl, group_id="1")])
     deadline = time.monotonic() + seconds
+    mail = Patient(grid)
     for pause in pauses():
-        for reply in grid.pull_messages([name]):
+        for reply in mail.pull_messages([name]):
             return reply
         assert time.monotonic() < deadline, "no answer"
         time.sleep(pause)
