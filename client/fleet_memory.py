@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ from flwr.common.constant import ErrorCode
 from fedtune.client.fleet_door import Door
 from fedtune.client.fleet_objects import Parcel
 from fedtune.errors import ExitCode, FedtuneError
+from fedtune.files import try_lock
 
 __all__ = ["Answers", "Memo", "lost_work", "open_memo"]
 
@@ -118,6 +118,7 @@ def open_memo(door: Door) -> Iterator[Memo]:
     try:
         door.memo.parent.mkdir(parents=True, exist_ok=True)
         lock = door.memo.with_name(f".{door.memo.name}.lock").open("w")
+        free = try_lock(lock)
     except OSError as error:
         raise FedtuneError(
             f"'{door.memo}' cannot be written: {error.strerror or error}",
@@ -125,14 +126,12 @@ def open_memo(door: Door) -> Iterator[Memo]:
             code=ExitCode.STORAGE,
         ) from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not free:
             raise FedtuneError(
                 "another process on this machine is this node already",
                 hint="stop it first, or make this one a key and a folder of its own",
                 code=ExitCode.ENGINE,
-            ) from error
+            )
         yield _read(door.memo, place)
 
 

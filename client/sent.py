@@ -7,7 +7,6 @@ what it was in plain words. A message that cannot be written down does not leave
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,7 +16,7 @@ from typing import Any
 from flwr.app import Message
 
 from fedtune.errors import FedtuneError
-from fedtune.files import storage
+from fedtune.files import append
 from fedtune.wire import WITHHELD, Update, from_record
 
 __all__ = ["SentLog", "words_of"]
@@ -52,11 +51,7 @@ class SentLog:
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"), "job": job,
             "asked": kind, "bytes": size, "what": words_of(kind, reply),
         }  # fmt: skip
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-        with storage(self.path), os.fdopen(os.open(self.path, flags, 0o600), "ab") as file:
-            file.write((json.dumps(line) + "\n").encode())
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.path, (json.dumps(line) + "\n").encode(), 0o600)
 
     def read(self) -> Iterator[dict[str, Any]]:
         """Yield every whole line, oldest first."""

@@ -1,20 +1,21 @@
-"""Writing files so that a crash leaves the old one or the new one, never half of one."""
+"""Writing files so that a crash leaves the old one or the new one; and keeping others out."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError, safe_open
 
 from fedtune.errors import ExitCode, FedtuneError
 
-__all__ = ["read_tensors", "storage", "write_atomic", "write_json"]
+__all__ = ["append", "read_tensors", "storage", "try_lock", "write_atomic", "write_json"]
 
 
 @contextlib.contextmanager
@@ -58,6 +59,46 @@ def write_atomic(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write readable JSON, atomically."""
     write_atomic(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def append(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Add ``data`` to a file's end, durable before it returns.
+
+    Parameters
+    ----------
+    path : Path
+        Made if it is not there, with the permissions ``mode`` less the umask.
+    data : bytes
+    mode : int
+
+    Raises
+    ------
+    FedtuneError
+        With ``ExitCode.STORAGE`` when the disk is full or refuses; part of ``data`` may
+        be there then.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    with storage(path), os.fdopen(os.open(path, flags, mode), "ab") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def try_lock(file: IO[Any] | int) -> bool:
+    """Lock an open file (or its handle) against other processes; say whether it was free.
+
+    The lock lasts until the file is closed, or its process ends, however it ends.
+
+    Raises
+    ------
+    OSError
+        The file system knows no locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import fcntl
 import io
 import json
 import math
-import os
 import platform
 import secrets
 import time
@@ -27,12 +25,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from fedtune.config import Config
 from fedtune.configfile import difference, dumps, parse
 from fedtune.errors import ExitCode, FedtuneError
-from fedtune.files import storage, write_atomic, write_json
+from fedtune.files import append, storage, try_lock, write_atomic, write_json
 
 __all__ = ["METRICS", "RunFolder", "create", "find", "list_runs", "reopen"]
 
@@ -78,7 +76,7 @@ class RunFolder:
         with file:
             # Whoever only looks whether the run is alive holds the lock for an instant.
             patience = 10
-            while not _locked(file) and (patience := patience - 1):
+            while not try_lock(file) and (patience := patience - 1):
                 time.sleep(0.1)
             if not patience:
                 raise FedtuneError(
@@ -92,7 +90,7 @@ class RunFolder:
         """Say whether a process is working on this run now."""
         try:
             with (self.path / ".lock").open("r") as file:
-                return not _locked(file)
+                return not try_lock(file)
         except OSError:
             return False
 
@@ -157,8 +155,8 @@ class RunFolder:
 
     def append(self, row: Mapping[str, Any], clients: Iterable[Mapping[str, Any]]) -> None:
         """Record one round, before its checkpoint makes it count."""
-        _append_lines(self.path / "clients.jsonl", clients)
-        _append_lines(self.path / "metrics.jsonl", [row])
+        append(self.path / "clients.jsonl", _lines(clients))
+        append(self.path / "metrics.jsonl", _lines([row]))
         with storage(self.path / "metrics.csv"), (self.path / "metrics.csv").open("a") as file:
             file.write(_csv_row(row))
 
@@ -243,14 +241,6 @@ def find(name: str, root: Path) -> RunFolder:
     )
 
 
-def _locked(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
     return "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows).encode()
 
@@ -261,13 +251,6 @@ def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in row.items()
     }
-
-
-def _append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    with storage(path), path.open("ab") as file:
-        file.write(_lines(rows))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

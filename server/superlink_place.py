@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import socket
 import time
@@ -26,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import NameOID
 
 from fedtune.errors import ExitCode, FedtuneError
-from fedtune.files import storage, write_atomic
+from fedtune.files import storage, try_lock, write_atomic
 
 __all__ = ["Place", "check_certificate", "check_port", "free_port", "loopback_certificate", "take"]
 
@@ -86,7 +85,7 @@ def take(home: Path) -> int:
         home.mkdir(parents=True, exist_ok=True)
         home.chmod(0o700)
         lock = os.open(home / "engine.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    if not _within(_PATIENCE, lambda: _locked(lock)):
+    if not _within(_PATIENCE, lambda: try_lock(lock)):
         os.close(lock)
         raise FedtuneError(
             f"a server already runs in '{home}'",
@@ -94,14 +93,6 @@ def take(home: Path) -> int:
             code=ExitCode.ENGINE,
         )
     return lock
-
-
-def _locked(lock: int) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _within(seconds: float, done: Callable[[], bool]) -> bool:

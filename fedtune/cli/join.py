@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import signal
 import threading
 import time
@@ -16,6 +15,7 @@ import typer
 
 from fedtune.cli.out import Out, reporting
 from fedtune.errors import ExitCode, FedtuneError
+from fedtune.files import try_lock
 
 if TYPE_CHECKING:
     from fedtune.cli.joining import NodeState
@@ -179,13 +179,11 @@ def _alone(home: Path) -> Iterator[None]:
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     home.chmod(0o700)
     with (home / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not try_lock(file):
             raise FedtuneError(
                 f"'{home}' is in use by another node process", hint="stop it, or choose --home",
                 code=ExitCode.RUN_FOLDER,
-            ) from error  # fmt: skip
+            )  # fmt: skip
         yield
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import stat
 import tempfile
@@ -12,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedtune.errors import ExitCode, FedtuneError
-from fedtune.files import write_atomic
+from fedtune.files import try_lock, write_atomic
 
 __all__ = [
     "absent",
@@ -182,18 +181,14 @@ def locked(folder: Path) -> Iterator[None]:
         os.fchmod(handle, 0o600)
     try:
         until = time.monotonic() + PATIENCE
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise FedtuneError(
-                        f"'{folder}' is being changed by another command",
-                        hint="try again when it has ended",
-                        code=ExitCode.STORAGE,
-                    ) from None
-                time.sleep(0.02)
+        while not try_lock(handle):
+            if time.monotonic() > until:
+                raise FedtuneError(
+                    f"'{folder}' is being changed by another command",
+                    hint="try again when it has ended",
+                    code=ExitCode.STORAGE,
+                )
+            time.sleep(0.02)
         yield
     finally:
         os.close(handle)

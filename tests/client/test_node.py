@@ -548,7 +548,7 @@ def test_what_cannot_be_written_down_does_not_leave(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedtune.client.sent.os.fsync", full)
+        patch.setattr("fedtune.files.os.fsync", full)
         with pytest.raises(FedtuneError, match="nothing does") as caught:
             here.send("query.hello", Task(0, 0, 0, 0.0, {}, "job-1"))
     assert caught.value.code == ExitCode.STORAGE

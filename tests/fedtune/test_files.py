@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from fedtune.errors import ExitCode, FedtuneError
-from fedtune.files import read_tensors, write_atomic, write_json
+from fedtune.files import append, read_tensors, try_lock, write_atomic, write_json
 
 _WRITE = """
 import json, resource, signal, sys
@@ -55,6 +55,38 @@ def test_a_place_that_is_no_folder_is_a_storage_error(tmp_path: Path) -> None:
     with pytest.raises(FedtuneError, match="cannot write") as caught:
         write_atomic(tmp_path / "file" / "state.bin", b"x")
     assert caught.value.code == ExitCode.STORAGE
+
+
+def test_what_is_appended_comes_after_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    append(path, b"one\n", 0o600)
+    append(path, b"two\n", 0o644)
+    assert path.read_bytes() == b"one\ntwo\n"
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_what_cannot_be_made_durable_is_a_storage_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fedtune.files.os.fsync", full)
+    with pytest.raises(FedtuneError, match="No space left") as caught:
+        append(tmp_path / "log", b"one\n")
+    assert caught.value.code == ExitCode.STORAGE
+
+
+def test_a_lock_keeps_others_out_until_its_file_is_closed(tmp_path: Path) -> None:
+    """Two open files are as two processes here."""
+    path = tmp_path / ".lock"
+    with path.open("w") as mine, path.open("w") as other:
+        assert try_lock(mine)
+        assert try_lock(mine)
+        assert not try_lock(other)
+        assert not try_lock(other.fileno())
+        mine.close()
+        assert try_lock(other.fileno())
 
 
 def test_json_is_readable_and_sorted(tmp_path: Path) -> None:
