@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -21,11 +22,12 @@ from fedtune.models import Base
 from fedtune.split.blocks import Cut
 from fedtune.split.calls import Service
 from fedtune.terms import digest_of, propose
-from fedtune.wire import Advert, Dealt, Revealed, Signed, Task, from_record, to_record
+from fedtune.wire import KINDS, Advert, Dealt, Revealed, Signed, Task, from_record, to_record
 
 __all__ = ["make_client_app", "worker_for"]
 
 MakeService = Callable[[Base, Cut], Service]
+_Step = TypeVar("_Step", Advert, Dealt, Signed, Revealed)
 
 _TOLD = frozenset({ExitCode.BUDGET_EXHAUSTED, ExitCode.LEDGER})
 
@@ -118,26 +120,16 @@ def make_client_app(
 def _add_masking(app: ClientApp, parties: Parties, worker: Callable[[], Worker]) -> None:
     """Add the steps of secure aggregation around training; none of them sees a row."""
 
-    @app.query("advert")
-    def advert(message: Message, context: Context) -> Message:
-        asked = from_record(Advert, message.content)
-        answer = parties.advert(worker(), _index(context), asked)
-        return Message(to_record(answer), reply_to=message)
+    def add(kind: type[_Step], step: Callable[[Worker, int, _Step], _Step]) -> None:
+        @app.query(KINDS[kind].removeprefix("query."))
+        def answer(message: Message, context: Context) -> Message:
+            asked = from_record(kind, message.content)
+            return Message(to_record(step(worker(), _index(context), asked)), reply_to=message)
 
-    @app.query("deal")
-    def deal(message: Message, context: Context) -> Message:
-        answer = parties.deal(worker(), _index(context), from_record(Dealt, message.content))
-        return Message(to_record(answer), reply_to=message)
-
-    @app.query("sign")
-    def sign(message: Message, context: Context) -> Message:
-        answer = parties.sign(worker(), _index(context), from_record(Signed, message.content))
-        return Message(to_record(answer), reply_to=message)
-
-    @app.query("reveal")
-    def reveal(message: Message, context: Context) -> Message:
-        answer = parties.reveal(worker(), _index(context), from_record(Revealed, message.content))
-        return Message(to_record(answer), reply_to=message)
+    add(Advert, parties.advert)
+    add(Dealt, parties.deal)
+    add(Signed, parties.sign)
+    add(Revealed, parties.reveal)
 
 
 @contextlib.contextmanager

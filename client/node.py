@@ -37,7 +37,17 @@ from fedtune.privacy.ledger import Account, Claim, Ledger, open_ledger
 from fedtune.privacy.ledger_records import Kind
 from fedtune.privacy.plan import Promise, example_promise, promises
 from fedtune.terms import Own, accept, check_length, digest_of
-from fedtune.wire import BUDGET, Accepted, Terms, from_record, size_of, to_record
+from fedtune.wire import (
+    BUDGET,
+    KINDS,
+    Accepted,
+    Advert,
+    Terms,
+    Update,
+    from_record,
+    size_of,
+    to_record,
+)
 
 __all__ = ["Node", "Work"]
 
@@ -50,11 +60,9 @@ _TOLD = frozenset(
 )  # fmt: skip
 _OF_DISKS = frozenset({ExitCode.LEDGER, ExitCode.STORAGE})
 _JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,149}")
-_TERMS = "query.terms"
-_WORKS = frozenset({"train", "query.advert"})
-_ANSWERED = _WORKS | {
-    _TERMS, "query.hello", "query.share", "query.deal", "query.sign", "query.reveal", "evaluate",
-}  # fmt: skip
+_TERMS = KINDS[Accepted]
+_WORKS = frozenset({KINDS[Update], KINDS[Advert]})
+_ANSWERED = frozenset(KINDS.values())
 _NOTE = "the owner's policy"
 _CURRENT, _PROPOSED, _SERIAL, _ROSTER = (
     "current.json", "proposed.json", "roster.json", "roster",

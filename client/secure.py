@@ -27,12 +27,9 @@ from fedtune.privacy.noise import NoiseSource
 from fedtune.privacy.plan import client_promise, honest_survivors, least_survivors
 from fedtune.privacy.secagg import Context, Member, to_field
 from fedtune.privacy.summing import Summing, model_digest, summing
-from fedtune.wire import REVEALED, WITHHELD, Advert, Dealt, Revealed, Signed, Task, Update
+from fedtune.wire import DEALT, REVEALED, WITHHELD, Advert, Dealt, Revealed, Signed, Task, Update
 
-__all__ = ["DEALT", "Masking", "Party", "split_dealt"]
-
-DEALT = "secure/"
-"""Begins the names of the tensors in a task that are shares, not parameters."""
+__all__ = ["Masking", "Party", "split_dealt"]
 
 _LAST = "masked"
 _COEFFICIENTS = "coefficients"

@@ -17,19 +17,32 @@ from flwr.app import Message
 
 from fedtune.errors import FedtuneError
 from fedtune.files import append
-from fedtune.wire import WITHHELD, Update, from_record
+from fedtune.wire import (
+    KINDS,
+    WITHHELD,
+    Accepted,
+    Advert,
+    Dealt,
+    Evaluation,
+    Hello,
+    Revealed,
+    Share,
+    Signed,
+    Update,
+    from_record,
+)
 
 __all__ = ["SentLog", "words_of"]
 
 _PLAIN = {
-    "query.terms": "agreed to the experiment's terms",
-    "query.hello": "name, model fingerprint, number of rows where no privacy is promised",
-    "query.share": "this node's part of the seed pool's key",
-    "query.advert": "public keys for one secure sum",
-    "query.deal": "encrypted shares for the other members of a secure sum",
-    "query.sign": "a signature of who survived",
-    "query.reveal": "shares that take the masks off a secure sum",
-    "evaluate": "counts of right and wrong answers on held-out rows",
+    KINDS[Accepted]: "agreed to the experiment's terms",
+    KINDS[Hello]: "name, model fingerprint, number of rows where no privacy is promised",
+    KINDS[Share]: "this node's part of the seed pool's key",
+    KINDS[Advert]: "public keys for one secure sum",
+    KINDS[Dealt]: "encrypted shares for the other members of a secure sum",
+    KINDS[Signed]: "a signature of who survived",
+    KINDS[Revealed]: "shares that take the masks off a secure sum",
+    KINDS[Evaluation]: "counts of right and wrong answers on held-out rows",
 }
 
 
@@ -67,7 +80,7 @@ def words_of(kind: str, reply: Message) -> str:
     """Return in plain words what a reply holds."""
     if reply.has_error():
         return f"a refusal: {reply.error.reason}"
-    if kind != "train":
+    if kind != KINDS[Update]:
         return _PLAIN.get(kind, "an answer")
     try:
         update = from_record(Update, reply.content)

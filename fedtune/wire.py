@@ -26,6 +26,8 @@ from fedtune.measure import Counts
 
 __all__ = [
     "BUDGET",
+    "DEALT",
+    "KINDS",
     "REVEALED",
     "WITHHELD",
     "Accepted",
@@ -54,6 +56,9 @@ BUDGET = "budget exhausted"
 
 REVEALED = "this round's update left under masks once"
 """Begins the reason of a client that will not add the same update to another sum."""
+
+DEALT = "secure/"
+"""Begins the names of the tensors in a task that are shares, not parameters."""
 
 _FIELDS, _TENSORS = "fields", "tensors"
 _OPTIONAL = frozenset({"cut_up", "cut_down", "kept"})
@@ -214,6 +219,19 @@ class Revealed:
     attempt: int
     tensors: dict[str, NDArray[Any]]
 
+
+KINDS: Mapping[type, str] = {
+    Hello: "query.hello",
+    Share: "query.share",
+    Update: "train",
+    Evaluation: "evaluate",
+    Accepted: "query.terms",
+    Advert: "query.advert",
+    Dealt: "query.deal",
+    Signed: "query.sign",
+    Revealed: "query.reveal",
+}
+"""The type of the Flower message that asks for each record."""
 
 _TYPES: dict[str, type] = {"int": int, "float": float, "str": str}
 Record = (

@@ -13,6 +13,7 @@ from fedtune.errors import FedtuneError
 from fedtune.server.patient import Mail
 from fedtune.server.pauses import pauses
 from fedtune.wire import (
+    KINDS,
     Accepted,
     Advert,
     Dealt,
@@ -35,17 +36,6 @@ Reply = TypeVar(
     "Reply", Hello, Update, Evaluation, Share, Accepted, Advert, Dealt, Signed, Revealed
 )
 _MOST_CHARACTERS = 500
-_KINDS: dict[type, str] = {
-    Hello: "query.hello",
-    Share: "query.share",
-    Update: "train",
-    Evaluation: "evaluate",
-    Accepted: "query.terms",
-    Advert: "query.advert",
-    Dealt: "query.deal",
-    Signed: "query.sign",
-    Revealed: "query.reveal",
-}
 
 
 @dataclass(frozen=True)
@@ -118,7 +108,7 @@ class GridLink:
             content = to_record(task) if task is not None else RecordDict()
             group = _group(task)
             messages = [
-                Message(content, node, _KINDS[reply], ttl=seconds, group_id=group) for node in nodes
+                Message(content, node, KINDS[reply], ttl=seconds, group_id=group) for node in nodes
             ]
             sizes |= dict.fromkeys(nodes, size_of(messages[0]))
             # One that Flower did not take has no id: nobody will answer it.

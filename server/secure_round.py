@@ -31,6 +31,7 @@ from fedtune.server.seeded import tensors_for
 from fedtune.server.tuned import Tuned
 from fedtune.terms import digest_of, propose
 from fedtune.wire import (
+    DEALT,
     WITHHELD,
     Advert,
     Dealt,
@@ -48,7 +49,6 @@ Identities = Callable[[], Mapping[str, Ed25519PublicKey]]
 Ended = Literal["ok", "late", "failed", "dropped"]
 _Step = TypeVar("_Step", Advert, Dealt, Update, Signed, Revealed)
 
-_SHARES = "secure/"
 _STEP_SECONDS = 120.0
 
 
@@ -274,7 +274,7 @@ def _through(
     dealers = collector.dealers()
     tasks = {
         name: replace(task, tensors=sent[name] | {
-            f"{_SHARES}{key}": value for key, value in collector.dealt_for(name).items()
+            f"{DEALT}{key}": value for key, value in collector.dealt_for(name).items()
         })
         for name in dealers
     }  # fmt: skip

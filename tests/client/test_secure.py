@@ -12,14 +12,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedtune.adapters import Tensors
 from fedtune.client.private import open_shared_guard
-from fedtune.client.secure import DEALT, Masking, Party, split_dealt
+from fedtune.client.secure import Masking, Party, split_dealt
 from fedtune.config import Config
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.privacy.noise import SecureNoise
 from fedtune.privacy.plan import least_survivors
 from fedtune.privacy.secagg import Collector, Context, from_field
 from fedtune.privacy.summing import model_digest, summing
-from fedtune.wire import WITHHELD, Advert, Dealt, Revealed, Signed, Task, Update
+from fedtune.wire import DEALT, WITHHELD, Advert, Dealt, Revealed, Signed, Task, Update
 from tests.client.node_kit import CLIENTS, experiment
 
 NAMES = ("ann", "bob", "cy")

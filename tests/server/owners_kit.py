@@ -17,12 +17,12 @@ from fedtune.keys.roster import read_roster, signers
 from fedtune.server.books import Books, open_books
 from fedtune.server.checkpoint import State
 from fedtune.server.events import ClientDone, Event
-from fedtune.server.link import _KINDS, Answer, _read
+from fedtune.server.link import Answer, _read
 from fedtune.server.private import open_central
 from fedtune.server.rounds import run_rounds
 from fedtune.server.run_folder import RunFolder, create
 from fedtune.server.serving import Served
-from fedtune.wire import Record, Terms, from_record, to_record
+from fedtune.wire import KINDS, Record, Terms, from_record, to_record
 from tests.client.node_kit import Ward, tuned
 
 Lie = Callable[[str, str, Any], Any]
@@ -73,7 +73,7 @@ class Wire:
     def ask_each(
         self, reply: type[Any], tasks: Mapping[int, Record | None], seconds: float
     ) -> tuple[dict[int, int], Iterator[Answer[Any]]]:
-        kind, found = _KINDS[reply], []
+        kind, found = KINDS[reply], []
         for node, task in tasks.items():
             name = self.names[node - 10]
             asked = self.asking(kind, name, task)
