@@ -26,7 +26,7 @@ __all__ = ["OwnerPolicy", "asleep", "judge", "judge_model", "read_policy", "with
 _STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 _HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 _COLUMNS = frozenset(
-    "format split text prompt completion label separator pattern encoding max_rows".split()
+    "format split text prompt completion label separator pattern encoding max_rows public".split()
 )
 
 Positive = Annotated[int, Field(ge=1)]
@@ -83,7 +83,8 @@ class OwnerPolicy(BaseModel):
     insecure_noise: bool = False
     """Tests only: allow noise that anybody can take away."""
     data: dict[str, Any] = {}
-    """The owner's own column names and format, such as ``text = "note"``."""
+    """The owner's own column names and format, such as ``text = "note"``. ``public``: a file of
+    public text in the same format, for runs whose clipping policy is rewarded by such text."""
 
     @field_validator("hours")
     @classmethod
@@ -98,6 +99,8 @@ class OwnerPolicy(BaseModel):
     def _are_columns(cls, data: dict[str, Any]) -> dict[str, Any]:
         if odd := sorted(data.keys() - _COLUMNS):
             raise ValueError(f"unknown key '{odd[0]}' (known: {', '.join(sorted(_COLUMNS))})")
+        if not isinstance(data.get("public", ""), str):
+            raise ValueError("public is the name of a file")
         return data
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.adapters import Pair
+from fedtune.config import Config
 from fedtune.errors import ExitCode, FedtuneError
+from fedtune.privacy.rldp.policy import State
+from fedtune.privacy.rldp.travel import ACTOR, cut_off, require_actor, shared_policy
 from fedtune.residual import split
 from fedtune.wire import Task
 
-__all__ = ["require_task"]
+__all__ = ["require_task", "without_actor"]
 
 _MOST_RANK = 4096
 
@@ -60,6 +64,24 @@ def require_task(
             raise _refused(f"a residual of rank {rank} for '{layer}'")
         _require(f"{layer}.U", u, (shapes[pair.b][0], rank))
         _require(f"{layer}.V", v, (rank, shapes[pair.a][1]))
+
+
+def without_actor(task: Task, config: Config) -> tuple[Task, State]:
+    """Return a task's parameters alone, and the shared clipping policy's actor beside them.
+
+    Without ``rldp.mode = "federated"`` nothing is taken off, and an actor is a tensor too many.
+
+    Raises
+    ------
+    FedtuneError
+        The actor is not there, or is none.
+    """
+    settings = shared_policy(config)
+    if settings is None:
+        return task, {}
+    rest, actor = cut_off(ACTOR, task.tensors)
+    require_actor(actor, settings)
+    return replace(task, tensors=rest), actor
 
 
 def _require(name: str, value: NDArray[np.generic], shape: tuple[int, ...]) -> None:

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,18 +25,22 @@ from fedtune.client.backprop import LocalRun, optimizer, tune
 from fedtune.client.body_link import Link
 from fedtune.client.epochs import Epochs, part_of, require_epoch
 from fedtune.client.memory import recall, remember
-from fedtune.client.private import (
-    Guard,
-    clip_after,
-    clip_before,
-    open_guard,
-    require_job,
-    tune_privately,
+from fedtune.client.policies import keep as keep_policy
+from fedtune.client.policies import log as log_decisions
+from fedtune.client.policies import recall as recall_policy
+from fedtune.client.private import Guard, open_guard, require_job
+from fedtune.client.private_round import (
+    PrivateRound,
+    by_gradients,
+    by_probes,
+    learnt_from,
+    norm_of,
+    open_policy,
 )
-from fedtune.client.private_zo import mezo_privately, seeded_privately
+from fedtune.client.private_zo import seeded_privately
 from fedtune.client.seeded import Local, nothing_of, schedule_of, tune_seeded, upload
 from fedtune.client.split import kept_of, only, tune_split
-from fedtune.client.task_check import require_task
+from fedtune.client.task_check import require_task, without_actor
 from fedtune.config import Config
 from fedtune.data import Encoded, Federation, Shard, encode, load
 from fedtune.errors import ExitCode, FedtuneError
@@ -47,9 +51,10 @@ from fedtune.pool.chain import Broadcast, Chain, read_broadcast
 from fedtune.pool.codec import unpack
 from fedtune.pool.groups import Groups, groups_of
 from fedtune.pool.weights import PoolWeights
-from fedtune.privacy.noise import NoiseSource
 from fedtune.privacy.per_example import PerExample
-from fedtune.privacy.plan import Promise, noise_source
+from fedtune.privacy.plan import noise_source
+from fedtune.privacy.rldp.policy import State
+from fedtune.privacy.rldp.public import encode_public, utility_of
 from fedtune.residual import set_residual, split
 from fedtune.seeds import derive
 from fedtune.split.blocks import Cut
@@ -83,6 +88,7 @@ class Worker:
     guard: Guard | None = field(init=False)
     groups: Groups | None = field(init=False)
     across: Across | None = field(init=False, default=None)
+    public: Encoded | None = field(init=False)
     _epochs: dict[int, Epochs] = field(init=False, default_factory=dict)
     _first: nn.Module = field(init=False)
     _models: threading.local = field(init=False, default_factory=threading.local)
@@ -105,6 +111,8 @@ class Worker:
         self._first = attach(self.base, config.tuning, config.model.task, config.seed)
         self.fingerprint = fingerprint(self._first)
         self.guard = open_guard(config)
+        example = config.privacy.example
+        self.public = encode_public(config, example.rldp if example else None, self.base, labels)
         self.groups = groups_of(config)
 
     def shard(self, index: int) -> Shard:
@@ -167,12 +175,13 @@ class Worker:
             The client has no usable row, or its update is not finite.
         """
         shard, config = self.shard(index), self.config
+        task, actor = without_actor(task, config)
         if not config.tuning.seeded:
             fedex = config.federation.aggregation == "fedex"
             products = pairs(self._first) if fedex else ()
             require_task(task, self.shapes(), products, fedex=fedex)
         if self.guard is not None:
-            return self._train_privately(self.guard, index, shard, task)
+            return self._train_privately(self.guard, index, shard, task, actor)
         encoded = self._encode(shard, held=False)
         if not encoded.ids and config.privacy.client is not None:
             return self.nothing(task)
@@ -257,18 +266,19 @@ class Worker:
         return Share({"share": part_of(self.epochs(index), task)})
 
     def _coefficients(
-        self, placed: tuple[PoolWeights, Broadcast, Chain], encoded: Encoded, shard: Shard,
-        task: Task, promise: Promise, source: NoiseSource, clip_norm: float,
+        self, placed: tuple[PoolWeights, Broadcast, Chain], given: PrivateRound, shard: Shard,
+        clip_norm: float,
     ) -> tuple[Tensors, float]:  # fmt: skip
         """Tune coefficients under the example-level promise; return them as they travel."""
         weights, sent, chain = placed
+        task = given.task
         schedule = schedule_of(
             self.config.tuning, shard.name, sent.key, task.round, self.groups, sent.odds
         )
         found, after = seeded_privately(
-            weights, encoded, self.config, promise, source, schedule, unpack(chain.running),
-            lr=task.lr, seed=derive(self.config.seed, "train", shard.name, task.round),
-            clip_norm=clip_norm, pad_id=self.base.pad_id,
+            weights, given.encoded, self.config, given.promise, given.source, schedule,
+            unpack(chain.running), lr=task.lr, seed=given.seed, clip_norm=clip_norm,
+            pad_id=given.pad_id,
         )  # fmt: skip
         return self._rounded(Local(found, LocalRun(0, 0.0)), shard, task), after
 
@@ -303,67 +313,64 @@ class Worker:
             self._models.weights = weights
         return weights
 
-    def _train_privately(self, guard: Guard, index: int, shard: Shard, task: Task) -> Update:
+    def _train_privately(
+        self, guard: Guard, index: int, shard: Shard, task: Task, actor: State
+    ) -> Update:
         """Tune under the example-level promise: charged first, and no figure leaves."""
-        config, home = self.config, self._home(index)
-        promise, default = guard.promise, guard.promise.settings.clip_norm
-        adaptive = promise.settings.clip == "quantile" and home is not None
-        clip_norm = clip_before(home, task.round, default) if adaptive and home else default
-        source = noise_source(
-            config, "client", shard.name, task.round, task.attempt
-        )  # fmt: skip
+        config, home, promise = self.config, self._home(index), guard.promise
+        settings = promise.settings
+        source = noise_source(config, "client", shard.name, task.round, task.attempt)
         if home is not None:
             require_job(home, task.job)
-        facts = {"noise": source.name, "clip": promise.settings.clip, "clip_norm": default}
-        # Public, and may fail: no budget is charged for weights that cannot be rebuilt.
+        facts = {"noise": source.name, "clip": settings.clip, "clip_norm": settings.clip_norm}
+        # Public, and may fail: no budget is charged for weights that cannot be rebuilt, or
+        # for a policy that cannot go on.
         placed = self._put(index, task.tensors, task.round - 1) if config.tuning.seeded else None
+        state = recall_policy(home, task.round) if home else {}
+        policy = None
+        if config.tuning.by_gradient:
+            model = self._model()
+            utility = utility_of(config, self.base, self.public, model)
+            policy = open_policy(config, promise, shard.name, model, state, utility, actor)
         reservation = guard.reserve(shard.name, task, facts)
         encoded = self._encode(shard, held=False)
         kept = home if config.tuning.keep_optimizer else None
-        optim = None
+        optim, norm = None, norm_of(state, promise)
+        rows: list[dict[str, Any]] = []
+        given = PrivateRound(
+            config, promise, shard.name, task, encoded, source, self.base.pad_id
+        )  # fmt: skip
         if placed is not None:
-            parts, after_norm = self._coefficients(
-                placed, encoded, shard, task, promise, source, clip_norm
-            )
+            parts, norm = self._coefficients(placed, given, shard, norm)
         else:
-            parts, after_norm, optim = self._delta(
-                index, encoded, shard, task, promise, source, clip_norm, kept
-            )
+            model, given, optim = self._begin(index, given, kept)
+            if policy is not None:
+                parts, rows = by_gradients(given, model, self._engine(model), optim, policy)
+            else:
+                parts, norm = by_probes(given, model, norm)
         # First: whoever finds it released must not leave a state that nobody paid for.
         guard.ledger.release(reservation)
+        parts |= learnt_from(policy, actor)
         if kept and optim:
             remember(kept, optim, after=task.round)
-        if adaptive and home:
-            clip_after(home, task.round, after_norm, task.committed)
+        if home:
+            log_decisions(home, task.round, rows)
+            left = policy.state() if policy else {"clip_norm": np.array(norm)}
+            keep_policy(home, task.round, left, task.committed)
         return Update(task.round, task.attempt, 1, 0, 0, WITHHELD, parts)
 
-    def _delta(
-        self, index: int, encoded: Encoded, shard: Shard, task: Task, promise: Promise,
-        source: NoiseSource, clip_norm: float, kept: Path | None,
-    ) -> tuple[Tensors, float, torch.optim.Optimizer]:  # fmt: skip
-        """Tune the adapter under the example-level promise; return its difference."""
-        config = self.config
-        model, link = self._load(task, index)
-        if link is not None and config.tuning.split.prune == "el2n":
-            encoded = self._above(model, encoded)
-        optim = optimizer(model, config.tuning, task.lr)
+    def _begin(
+        self, index: int, given: PrivateRound, kept: Path | None
+    ) -> tuple[nn.Module, PrivateRound, torch.optim.Optimizer]:
+        """Return model, examples and optimiser of one client's round."""
+        model, link = self._load(given.task, index)
+        if link is not None and self.config.tuning.split.prune == "el2n":
+            given = replace(given, encoded=self._above(model, given.encoded))
+        optim = optimizer(model, self.config.tuning, given.task.lr)
         if kept:
-            _go_on(kept, optim, task)
-        seed = derive(config.seed, "train", shard.name, task.round)
-        torch.manual_seed(seed)
-        before = read(model)
-        if config.tuning.method == "mezo":
-            after_norm = mezo_privately(
-                model, encoded, config, promise, source, lr=task.lr, seed=seed,
-                clip_norm=clip_norm, pad_id=self.base.pad_id,
-            )  # fmt: skip
-        else:
-            after_norm = tune_privately(
-                model, self._engine(model), encoded, config, promise, optim, source,
-                clip_norm=clip_norm, pad_id=self.base.pad_id,
-            )  # fmt: skip
-        after = read(model)
-        return {name: after[name] - before[name] for name in before}, after_norm, optim
+            _go_on(kept, optim, given.task)
+        torch.manual_seed(given.seed)
+        return model, given, optim
 
     def evaluate(self, index: int, task: Task) -> Evaluation:
         """Measure the adapter of ``task`` on one client's held-out rows.

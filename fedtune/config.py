@@ -7,11 +7,17 @@ and "did you mean").
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fedtune.config_privacy import ClientPrivacyConfig, ExamplePrivacyConfig, PrivacyConfig
+from fedtune.config_privacy import (
+    ClientPrivacyConfig,
+    ExamplePrivacyConfig,
+    PrivacyConfig,
+    RldpConfig,
+)
 from fedtune.config_server import SecureConfig, ServerConfig
 from fedtune.config_tuning import PoolConfig, ProbeConfig, SplitConfig, TuningConfig
 from fedtune.prompt import TEMPLATE, split_template
@@ -40,6 +46,8 @@ SCHEMA = 1
 """Version of the file format this release reads and writes."""
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+_FLAT = ("flat", "automatic", "quantile")
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -320,7 +328,8 @@ def _coefficients(config: Config, promise: ExamplePrivacyConfig) -> list[tuple[b
          "tuning.probe.step='plain': the losses of examples have no budget of their own"),
         (probe.objective != "f1", "another tuning.probe.objective: one example has no F1"),
         (promise.clip in ("flat", "quantile"),
-         f"privacy.example.clip='flat' or 'quantile' with tuning.method='{tuning.method}'"),
+         f"privacy.example.clip='flat' or 'quantile' with tuning.method='{tuning.method}': "
+         f"'{promise.clip}' is for gradients of examples"),
         (not tuning.weight_decay and not tuning.momentum,
          "tuning.weight_decay=0 and tuning.momentum=0: steps are plain"),
     ]  # fmt: skip
@@ -334,6 +343,35 @@ def _coefficients(config: Config, promise: ExamplePrivacyConfig) -> list[tuple[b
              "tuning.probe.objective='loss' unless tuning.pool.engine='probes'"),
         ]  # fmt: skip
     return rules
+
+
+def _policy(config: Config, promise: ExamplePrivacyConfig) -> list[tuple[bool, str]]:
+    """Return what holds for a clipping policy that learns."""
+    tuning, federation = config.tuning, config.federation
+    rldp = promise.rldp or RldpConfig()
+    batch = tuning.batch_size * tuning.accumulate
+    releases = tuning.steps or math.ceil(tuning.epochs * promise.population / batch)
+    rules = [
+        (rldp.noise != "order" or releases >= 3,
+         f"3 steps or more in a round with privacy.example.rldp.noise='order': with {releases} "
+         "there is nothing to order"),
+        (rldp.reward != "public" or not tuning.cut,
+         "privacy.example.rldp.reward='loss' or 'held-out' with a cut model: a client has not "
+         "the body that public text would be measured with"),
+        (not rldp.public or rldp.public != config.data.source,
+         "an rldp.public that is not data.source: it is taken to be public"),
+    ]  # fmt: skip
+    if promise.clip != "rldp" or rldp.mode != "federated":
+        return rules
+    return [
+        *rules,
+        (federation.secure is None,
+         "privacy.example.rldp.mode='online' or 'meta' with [federation.secure]: to learn a "
+         "policy for all, the server must see what each client's releases became"),
+        (config.privacy.client is None,
+         "privacy.example.rldp.mode='online' or 'meta' with [privacy.client]: what the policy "
+         "learns from is covered by the promise about examples alone"),
+    ]  # fmt: skip
 
 
 def _across(tuning: TuningConfig) -> list[tuple[bool, str]]:
@@ -383,6 +421,7 @@ def _require_private(config: Config) -> None:
         ]  # fmt: skip
         wanted += _coefficients(config, config.privacy.example)
         wanted += _across(config.tuning)
+        wanted += _policy(config, config.privacy.example)
         if config.privacy.example.sampler == "everyone":
             wanted.append(
                 (batch == population,
@@ -398,6 +437,9 @@ def _require_private(config: Config) -> None:
              "on a key tells every client how many there are"),
             (federation.aggregation == "mean",
              "federation.aggregation='mean': the residual of 'fedex' has no noise"),
+            (not config.tuning.seeded or config.privacy.client.clip in _FLAT,
+             f"privacy.client.clip of {', '.join(map(repr, _FLAT))} with a seed pool: its "
+             f"coefficients are one block, and '{config.privacy.client.clip}' is for several"),
             (federation.cohort <= config.privacy.client.population,
              "federation.cohort of at most privacy.client.population"),
             (config.privacy.client.sampler != "everyone" or federation.cohort == 1.0,

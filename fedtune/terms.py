@@ -18,7 +18,7 @@ from fedtune.configfile import parse
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.privacy.plan import resolve
 
-__all__ = ["MOST_BYTES", "Own", "accept", "check_length", "digest_of", "propose"]
+__all__ = ["MOST_BYTES", "Own", "accept", "check_length", "digest_of", "leaving", "propose"]
 
 MOST_BYTES = 256 * 1024
 """Terms are settings and labels; more than this is not read."""
@@ -40,6 +40,9 @@ _TOP = frozenset({"schema", "name", "seed", *_WHOLE, *_TOLD})
 _OWNED = "another folder of the owner's"
 """Stands for a base model that is not embedded: whoever joins has it on disk."""
 
+_PUBLIC = "another file of the owner's"
+"""Stands for public text that a clipping policy is rewarded by, likewise."""
+
 
 @dataclass(frozen=True)
 class Own:
@@ -58,7 +61,8 @@ class Own:
     model : str
         Folder of the base model; empty: an embedded one.
     data : mapping
-        The owner's names for columns, format and so on: ``[data]`` of the policy.
+        The owner's names for columns, format and so on: ``[data]`` of the policy. There
+        ``public`` is a file of public text, for a clipping policy that is rewarded by it.
     threads : int
         Of torch.
     device : str
@@ -97,7 +101,29 @@ def propose(config: Config) -> str:
         told[table] = {key: value for key, value in whole[table].items() if key in names}
     if not config.model.base.startswith("fedtune:"):
         told["model"]["base"] = _OWNED
+    for unit in ("example", "client"):
+        rldp = told["privacy"].get(unit, {}).get("rldp", {})
+        if rldp.get("public") and not rldp["public"].startswith("fedtune:"):
+            rldp["public"] = _PUBLIC
     return json.dumps(told, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def leaving(config: Config) -> tuple[str, ...]:
+    """Return in plain words what leaves a client in each round beside its update.
+
+    Examples
+    --------
+    >>> leaving(Config())
+    ()
+    """
+    example = config.privacy.example
+    rldp = example.rldp if example else None
+    if example is None or example.clip != "rldp" or rldp is None or rldp.mode != "federated":
+        return ()
+    return (
+        "what its clipping policy decided, saw of its own releases, and was rewarded with: made "
+        "of what the promise about examples covers already",
+    )
 
 
 def digest_of(terms: str) -> str:
@@ -124,14 +150,15 @@ def accept(terms: str, own: Own) -> Config:
     for table, names in _TOLD.items():
         if extra := sorted(_table(told, table).keys() - names):
             raise _refused(f"the terms set '{table}.{extra[0]}', which is the owner's")
-    data = {**told["data"], **own.data, "source": own.source, "eval": ""}
+    columns = {name: value for name, value in own.data.items() if name != "public"}
+    data = {**told["data"], **columns, "source": own.source, "eval": ""}
     if data.get("kind") == "classification" and not data.get("labels"):
         raise _refused("the terms name no data.labels: owners of data cannot agree on classes")
     data["partition"] = {"by": "owner", "column": own.name}
     whole = told | {
         "data": data,
         "model": {**told["model"], "base": _base(told, own), "device": own.device},
-        "privacy": {**told["privacy"], "ledger": own.ledger, "dataset": own.dataset},
+        "privacy": {**_promised(told, own), "ledger": own.ledger, "dataset": own.dataset},
         "engine": engine.model_dump(),
     }
     return resolve(parse(whole))
@@ -153,6 +180,43 @@ def _base(told: Mapping[str, Any], own: Own) -> str:
             f"no model folder '{own.model}'", hint="check --model", code=ExitCode.MODEL
         )
     return str(folder)
+
+
+def _promised(told: Mapping[str, Any], own: Own) -> dict[str, Any]:
+    """Return the promises; public text is the owner's copy, and no path of a server's."""
+    promised = dict(told["privacy"])
+    for unit in ("example", "client"):
+        table = promised.get(unit)
+        if not isinstance(table, dict):
+            continue
+        rldp = table.get("rldp")
+        if not isinstance(rldp, dict) or not rldp.get("public"):
+            continue
+        place = _PUBLIC  # a policy at the server: nothing is read here
+        if unit == "example":
+            place = _public(rldp["public"], own)
+        promised[unit] = {**table, "rldp": {**rldp, "public": place}}
+    return promised
+
+
+def _public(proposed: object, own: Own) -> str:
+    given = own.data.get("public", "")
+    if not given:
+        if isinstance(proposed, str) and proposed.startswith("fedtune:"):
+            return proposed
+        raise FedtuneError(
+            "the clipping policy is rewarded by public text, and there is none here",
+            hint="ask the server's operator for its file of public text, read it, and name it in "
+            'the policy: [data] public = "FILE"',
+            code=ExitCode.CONFIG,
+        )
+    found = str(Path(str(given)).expanduser().resolve())
+    if found == str(Path(own.source).resolve()):
+        raise FedtuneError(
+            "data.public of the policy is the private text itself",
+            hint="name a file that anybody may have", code=ExitCode.PRIVACY,
+        )  # fmt: skip
+    return found
 
 
 def check_length(terms: str) -> None:

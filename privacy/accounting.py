@@ -14,7 +14,7 @@ from importlib.metadata import version
 
 from fedtune.privacy import bounds, distributions, policy
 from fedtune.privacy.bounds import ORDERS, epsilon_of_rdp, rdp
-from fedtune.privacy.events import Charge, Event, Relation, grouped
+from fedtune.privacy.events import Charge, Event, Relation, grouped, releases_in
 from fedtune.privacy.groups import group_epsilon
 from fedtune.privacy.laplace import pure_epsilon
 
@@ -61,6 +61,7 @@ class Spent:
         fitted from above to the privacy loss distribution otherwise.
     library : str
     releases : int
+        What a filter admitted counts as one for each of its budgets.
     grid : float or None
         Step of the privacy loss distribution behind ``epsilon_pld``.
     pure : float or None
@@ -110,7 +111,7 @@ def spent(charges: Charges, delta: float, relation: Relation) -> Spent:
     """
     groups = grouped(charges)
     found = policy.bound(groups, delta, relation)
-    releases = sum(groups.values())
+    releases = sum(count * releases_in(event) for event, count in groups.items())
     mu = found.mu
     if found.distribution is not None:
         mu = distributions.fitted_mu(found.distribution, releases, delta)

@@ -32,8 +32,11 @@ from scipy.special import log_ndtr
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.privacy.events import (
     Event,
+    Levels,
+    PoissonGaussian,
     PoissonLaplace,
     Relation,
+    RenyiFiltered,
     TruncatedPoissonGaussian,
     Unbounded,
     check,
@@ -108,6 +111,11 @@ def check_relation(event: Event, relation: Relation) -> None:
             f"truncated Poisson sampling under {relation.value}",
             "its cap needs a public number of units: use replace-special",
         )
+    if isinstance(event, RenyiFiltered) and event.order not in ORDERS:
+        raise refuse(
+            f"order={event.order!r} is not in accounting.ORDERS",
+            "ask filters.best_order for one",
+        )
 
 
 # ---------------------------------------------------------------- Renyi
@@ -127,7 +135,9 @@ def rdp(event: Event, relation: Relation) -> NDArray[np.float64]:
     ndarray, float64, shape (len(ORDERS),)
         Read-only and cached; ``inf`` where unknown: at all orders for `Unbounded`,
         for truncated Poisson sampling, for which no Renyi bound is published, and for
-        sampled Laplace noise, which ``dp_accounting`` has none for.
+        sampled Laplace noise, which ``dp_accounting`` has none for. Behind a filter it is
+        the filter's budget up to its order, for a Renyi divergence never falls with the
+        order (van Erven and Harremoes 2014, arXiv:1206.2459, theorem 3), and ``inf`` above.
 
     Raises
     ------
@@ -145,6 +155,13 @@ def rdp(event: Event, relation: Relation) -> NDArray[np.float64]:
     check_relation(event, relation)
     if isinstance(event, Unbounded | TruncatedPoissonGaussian | PoissonLaplace):
         vector = np.full(len(ORDERS), np.inf)
+    elif isinstance(event, RenyiFiltered):
+        vector = np.where(event.order >= _ORDERS, event.divergence, np.inf)
+    elif isinstance(event, Levels):
+        q = event.sampling_probability
+        vector = np.zeros(len(ORDERS))
+        for z, count in zip(event.noise_multipliers, event.counts, strict=True):
+            vector = vector + count * rdp(PoissonGaussian(q, z), relation)
     else:
         _, _, module = library_modules()
         accountant = module.RdpAccountant(ORDERS, neighbours(relation))

@@ -12,10 +12,13 @@ from fedtune.privacy.events import (
     Event,
     Gaussian,
     Laplace,
+    Levels,
     PoissonGaussian,
     PoissonLaplace,
     Relation,
+    RenyiFiltered,
     TruncatedPoissonGaussian,
+    Unbounded,
     from_json,
     grouped,
 )
@@ -51,6 +54,10 @@ def bare(groups: Groups) -> dict[Event, int]:
                 event = Gaussian(z)
             case PoissonLaplace(_, z):
                 event = Laplace(z)
+            case Levels(_, noises, counts):
+                event = Levels(1.0, noises, counts)
+            case RenyiFiltered():
+                event = Unbounded("a filter with sampling says nothing of one without")
         found[event] = found.get(event, 0) + count
     return found
 

@@ -18,9 +18,11 @@ from fedtune.privacy.events import (
     Event,
     Gaussian,
     Laplace,
+    Levels,
     PoissonGaussian,
     PoissonLaplace,
     Relation,
+    RenyiFiltered,
     TruncatedPoissonGaussian,
     Unbounded,
 )
@@ -72,6 +74,15 @@ def _single_pld(event: Event, grid: float, relation: Relation) -> Any:
             return module.from_laplace_mechanism(
                 z, value_discretization_interval=grid, sampling_prob=q
             )
+        case Levels(q, noises, counts):
+            parts: dict[Event, int] = {
+                PoissonGaussian(q, z): n for z, n in zip(noises, counts, strict=True)
+            }
+            return composed_pld(parts, grid, relation)
+        case RenyiFiltered():
+            # The loss of a filter depends on what was chosen: its budget is no distribution,
+            # and to compose those of the chosen ones is invalid (arXiv:2602.06756).
+            raise refuse(f"no privacy loss distribution: {event}")
         case Unbounded():
             raise refuse(f"no privacy loss distribution: {event.reason}")
 

@@ -11,12 +11,14 @@ import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from fedtune.config_privacy import Clipping
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.privacy.events import Relation, Unit
+from fedtune.privacy.rldp.shape import BITS, HELD, LOSS
 from fedtune.privacy.server_view import Crossing
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "Omission",
     "Ran",
     "Sampling",
+    "Steering",
     "Tuning",
     "ran_from",
     "read_facts",
@@ -36,6 +39,8 @@ __all__ = [
 ]
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+_SENSORS = (BITS, LOSS, HELD)
 
 Positive = Annotated[float, Field(gt=0.0)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -71,16 +76,42 @@ class Sampling(BaseModel):
         return self
 
 
+class Steering(BaseModel):
+    """How a clipping policy chose from what was released before."""
+
+    model_config = _STRICT
+
+    mode: str = ""
+    """``rldp``: online, meta or federated."""
+    reward: str = ""
+    """``rldp``: what it learnt from."""
+    bits: float = Field(default=0.0, ge=0.0, lt=0.5)
+    """Share of each release's privacy for clip bits, at the start."""
+    loss: float = Field(default=0.0, ge=0.0, lt=0.5)
+    """The same for the mean loss."""
+    held_out: float = Field(default=0.0, ge=0.0, lt=0.5)
+    """Share of the units that trained nothing; their loss was released instead."""
+    noise: Literal["constant", "order", "filtered"] = "constant"
+    """How the noise moved over time."""
+
+    @property
+    def sensing(self) -> float:
+        """Share of each release's privacy that was not the gradient's."""
+        return self.bits + self.loss
+
+
 class Clip(BaseModel):
     """What bounds one unit's influence."""
 
     model_config = _STRICT
 
-    rule: Literal["flat", "per-adapter", "automatic", "quantile"]
+    rule: Clipping
     norm: Positive
-    """L2 norm of one unit's whole contribution, over all tensors; quantile: at the start."""
+    """L2 norm of one unit's whole contribution, over all tensors; at the start, where it moves."""
     blocks: dict[str, float] = {}
-    """``per-adapter``: the norm of each block. Jointly they stay within ``norm``."""
+    """Of several blocks: the norm of each, at the start."""
+    policy: Steering | None = None
+    """Where norms, shares or noise moved; None: they were fixed beforehand."""
     note: str = ""
 
 
@@ -265,14 +296,26 @@ def ran_from(
     described : mapping
         ``Mechanism.describe(blocks, sizes, source)`` of the mechanism that ran.
     rule : str
-        Clipping rule: "flat", "per-adapter", "automatic" or "quantile".
+        Clipping rule, by the name that ``clip`` has in the settings.
     rounds, delta, units, steps_per_round, target_epsilon, labels, note
         As in ``Ran`` and ``Clip``.
+
+    Raises
+    ------
+    FedtuneError
+        The rule has no privacy, or is not known.
     """
+    if rule not in get_args(Clipping):
+        raise FedtuneError(
+            f"no statement can be made of rule='{rule}'",
+            hint=f"one of {', '.join(get_args(Clipping))}; what looks at private values is NOT "
+            "differentially private",
+            code=ExitCode.PRIVACY,
+        )
     at = "client" if described["unit"] == Unit.EXAMPLE.value else "server"
     scheme = {"Everyone": "everyone", "Poisson": "poisson", "TruncatedPoisson": "truncated-poisson"}
-    blocks = described["blocks"]
-    several = rule == "per-adapter"
+    blocks = [block for block in described["blocks"] if block["names"][0] not in _SENSORS]
+    several = len(blocks) > 1
     clips = [block["clip"] for block in blocks]
     return Ran.model_validate(
         {

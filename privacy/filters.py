@@ -13,7 +13,7 @@ the sum of squares of mu (Smith and Thakurta 2022, arXiv:2210.17520; Koskela et 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -201,7 +201,9 @@ class GdpFilter:
         return GdpFilter(_number(state, "mu"), _number(state, "spent"), admitted)
 
 
-def best_order(epsilon: float, delta: float, relation: Relation, event: Event) -> float:
+def best_order(
+    epsilon: float, delta: float, relation: Relation, event: Event, also: Sequence[Event] = ()
+) -> float:
     """Return the Renyi order at which the event fits most often.
 
     Parameters
@@ -211,6 +213,8 @@ def best_order(epsilon: float, delta: float, relation: Relation, event: Event) -
     event : Event
         With the smallest noise that will be allowed: at a high order, a little less
         noise costs many times as much.
+    also : sequence of Event
+        Have a bound at this order too: the accountant leaves out single orders of some.
 
     Returns
     -------
@@ -224,6 +228,8 @@ def best_order(epsilon: float, delta: float, relation: Relation, event: Event) -
     """
     _check_budget(epsilon, delta)
     times = _budgets(epsilon, delta) / rdp(event, relation)
+    for other in also:
+        times = np.where(np.isfinite(rdp(other, relation)), times, -np.inf)
     if not np.nanmax(times) > 0:
         raise refuse(f"{event} does not fit into epsilon={epsilon} at delta={delta} at any order")
     return ORDERS[int(np.nanargmax(times))]

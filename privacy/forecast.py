@@ -8,7 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from fedtune.privacy.accounting import curve
-from fedtune.privacy.events import Charge
+from fedtune.privacy.events import Charge, Unit
+from fedtune.privacy.forecast_policy import moving_noise, outline, policy_lines
 from fedtune.privacy.plan import Promise, rounds_that_fit
 from fedtune.privacy.schedule import Schedule
 from fedtune.privacy.schedule import lines as schedule_lines
@@ -20,7 +21,11 @@ _BAR = 24
 
 
 def forecast(
-    promise: Promise, parameters: int, voices: int = 1, schedule: Schedule | None = None
+    promise: Promise,
+    parameters: int,
+    voices: int = 1,
+    schedule: Schedule | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Return noise, curve and expected signal-to-noise of one promise.
 
@@ -33,6 +38,8 @@ def forecast(
         Independent noisy releases that are averaged: clients at example level.
     schedule : Schedule, optional
         Groups of a seed pool: `fedtune.privacy.schedule.schedule_of`.
+    sizes : mapping of str to int, optional
+        Numbers in each parameter, where a clipping policy shapes the releases.
 
     Returns
     -------
@@ -41,15 +48,15 @@ def forecast(
         contributions point the same way, their mean is ``clip`` long, and the noise
         ``z clip sqrt(d) / denominator``; steps and voices average the noise.
         ``curve`` has (rounds, epsilon). ``rounds_that_fit`` is there with a target,
-        ``schedule`` with a schedule.
+        ``schedule`` with a schedule, ``policy`` with sizes.
     """
     total = promise.spent()
     mechanism = promise.mechanism
     # The standard deviation of Laplace noise is sqrt(2) times its scale.
     spread = math.sqrt(2.0) if mechanism.law == "laplace" else 1.0
     one = mechanism.denominator / (spread * mechanism.noise_multiplier * math.sqrt(parameters))
-    releases = promise.rounds * promise.releases
-    event = Charge(mechanism.event, releases)
+    each = promise.charge
+    event = Charge(each.event, promise.rounds * each.count)
     points = curve([event], promise.delta, promise.relation, min(_POINTS, promise.rounds))
     found: dict[str, Any] = {
         "unit": promise.unit.value,
@@ -70,7 +77,7 @@ def forecast(
         "mu": total.mu,
         "accountant": total.accountant,
         "library": total.library,
-        "curve": [(math.ceil(n / promise.releases), epsilon) for n, epsilon in points],
+        "curve": [(math.ceil(n / each.count), epsilon) for n, epsilon in points],
         "signal_to_noise": one * math.sqrt(promise.releases * voices),
     }
     if promise.limit is not None:
@@ -81,6 +88,8 @@ def forecast(
             "predicted_error": schedule.error,
             "useful_directions": schedule.useful,
         }
+    if sizes:
+        found["policy"] = outline(promise, sizes) | {"over_time": moving_noise(promise, total)}
     return found
 
 
@@ -103,6 +112,8 @@ def lines(made: Mapping[str, Any]) -> list[str]:
         found.append(
             f"    rounds     {made['rounds_that_fit']:,} keep epsilon {made['epsilon_target']:g}"
         )
+    if "policy" in made:
+        found += policy_lines(made["policy"], Unit(made["unit"]))
     if "schedule" in made:
         found += schedule_lines(made["schedule"])
     return [*found, *_drawn(made["curve"])]

@@ -26,6 +26,8 @@ from fedtune.privacy.events import (
     Relation,
     Unbounded,
     grouped,
+    least_noise,
+    releases_in,
 )
 
 __all__ = ["group_epsilon"]
@@ -84,7 +86,7 @@ def group_epsilon(
         return policy.price(groups, delta, relation)
     if all(isinstance(event, Gaussian) for event in simple):  # sensitivities add
         return policy.price({_together(event, k): 1 for event in simple}, delta, relation)
-    releases = sum(groups.values())
+    releases = sum(count * releases_in(event) for event, count in groups.items())
     if exact:
         return _exact(simple, releases, delta, relation, k)
     return _generic(policy.bound(groups, delta, relation), simple, releases, delta, relation, k)
@@ -191,7 +193,7 @@ def _mixture_grid(simple: Mapping[Event, int], k: int) -> float:
     for event in simple:
         if not isinstance(event, Gaussian | PoissonGaussian):
             raise bounds.refuse(f"{event} has no exact group epsilon", "use exact=False")
-    z = min(event.noise_multiplier / k for event in simple if not isinstance(event, Unbounded))
+    z = min((least_noise(event) or math.inf) / k for event in simple)
     reach = 20 / z + 1 / (z * z)
     for grid in (policy.MIDDLE, policy.COARSE):
         if reach / grid <= MAX_BINS:

@@ -11,8 +11,10 @@ b. When (a) says no, ``accounting.most`` asks the privacy loss distribution how
 
 Both bound what was charged, at a fixed cap. A job that chooses the *parameters*
 of its events from earlier outputs needs a filter of its own before it claims
-(``privacy.filters``). Beside many different events only (a) is used: that is such
-a job, and (b) would take minutes.
+(``privacy.filters``). Releases without sampling are their own filter: the sum of
+1 / z^2 (arXiv:2210.17520), which (b) has in no time for any number of them. Beside
+many different events of other kinds only (a) is used: that is such a job, and (b)
+would take minutes.
 
 Anything that is no number, negative or unknown is refused.
 """
@@ -28,7 +30,7 @@ from sqlalchemy import Connection
 
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.privacy import accounting
-from fedtune.privacy.events import Charge, Event, Relation, Unbounded
+from fedtune.privacy.events import Charge, Event, Gaussian, Relation, Unbounded
 from fedtune.privacy.ledger_book import ALL, groups_of, sum_of
 from fedtune.privacy.ledger_records import Account, Claim
 from fedtune.privacy.ledger_sums import Sum, no_bound
@@ -125,7 +127,8 @@ def ask(asked: Question, answers: Answers) -> None:
     """Ask the accountant (seconds) and remember; 0 for what has no bound or is beyond it."""
     events = [asked.event, *(event for event, _ in asked.others)]
     found = 0
-    if len(events) <= MOST_EVENTS and not any(isinstance(one, Unbounded) for one in events):
+    few = len(events) <= MOST_EVENTS or all(isinstance(one, Gaussian) for one in events)
+    if few and not any(isinstance(one, Unbounded) for one in events):
         cap = asked.cap
         found = accounting.most(
             asked.event, cap.epsilon, cap.delta, asked.relation, dict(asked.others)

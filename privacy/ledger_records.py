@@ -192,8 +192,14 @@ def canonical(value: Any) -> str:
 
 def event_json(event: Event) -> dict[str, Any]:
     """Return the stored form of an event, the same for 1 and 1.0."""
-    real = ("noise_multiplier", "sampling_probability")
-    return {key: float(value) if key in real else value for key, value in to_json(event).items()}
+    real = ("noise_multiplier", "sampling_probability", "order", "divergence")
+    stored = to_json(event)
+    for key, value in stored.items():
+        if key in real:
+            stored[key] = float(value)
+        elif key == "noise_multipliers":
+            stored[key] = [float(one) for one in value]
+    return stored
 
 
 def event_id(stored: Mapping[str, Any]) -> str:

@@ -250,7 +250,11 @@ class Mechanism:
         return {name: steps[name] for name in update}
 
     def release(
-        self, sums: Mapping[str, NDArray[Any]], blocks: Sequence[Block], source: NoiseSource
+        self,
+        sums: Mapping[str, NDArray[Any]],
+        blocks: Sequence[Block],
+        source: NoiseSource,
+        apart: Sequence[Block] = (),
     ) -> dict[str, NDArray[np.float32]]:
         """Return (sums + noise) / denominator. Draws fresh noise at every call.
 
@@ -262,6 +266,9 @@ class Mechanism:
         blocks : sequence of Block
             Each tensor in exactly one. Together sum (clip / sigma)^2 <= 1 / z^2.
         source : NoiseSource
+        apart : sequence of Block
+            Blocks of units that contribute to nothing else. No unit is in both parts, so
+            both together cost what one does (parallel composition).
 
         Returns
         -------
@@ -275,11 +282,11 @@ class Mechanism:
             says or are not those of the tensors, when a sum is not finite or in another
             type, or when whole numbers could wrap.
         """
-        self._check(sums, blocks)
+        self._check(sums, blocks, apart)
         if self.law == "laplace":
-            return self._laplace(sums, blocks, source)
+            return self._laplace(sums, [*blocks, *apart], source)
         ready: dict[str, tuple[NDArray[np.int64], float, float]] = {}
-        for block in blocks:
+        for block in (*blocks, *apart):
             grid, sigma = self._scale({name: sums[name] for name in block.names}, block)
             for name in block.names:
                 ready[name] = (to_grid(sums[name], grid, name), grid, sigma)
@@ -385,19 +392,25 @@ class Mechanism:
         total = int(to_grid(value, grid, name).item()) + laplace_steps(scale, source)
         return {name: np.full(value.shape, total * (grid / self.denominator), np.float32)}
 
-    def _check(self, tensors: Mapping[str, NDArray[Any]], blocks: Sequence[Block]) -> None:
+    def _check(
+        self,
+        tensors: Mapping[str, NDArray[Any]],
+        blocks: Sequence[Block],
+        apart: Sequence[Block] = (),
+    ) -> None:
         """Raise unless the blocks are those of the tensors and cost what the event says."""
-        named = [name for block in blocks for name in block.names]
+        every = (*blocks, *apart)
+        named = [name for block in every for name in block.names]
         if (
             not tensors
-            or not all(block.names for block in blocks)
+            or not all(block.names for block in every)
             or sorted(named) != sorted(tensors)
         ):
             raise _refused(
                 f"tensors {sorted(tensors)} are not each in exactly one block: {sorted(named)}",
                 "give every tensor one block, and no block without tensors",
             )
-        for block in blocks:
+        for block in every:
             require_clip(block.clip)
             _require_positive("sigma", block.sigma)
         for name, value in tensors.items():
@@ -409,8 +422,8 @@ class Mechanism:
                     f"of shape {getattr(value, 'shape', ())}",
                     "use float64, float32 or int64 arrays with at least one number",
                 )
-        ratios = [block.clip / block.sigma for block in blocks]
-        cost = sum(ratio * ratio for ratio in ratios)
+        costs = [sum((block.clip / block.sigma) ** 2 for block in one) for one in (blocks, apart)]
+        cost = max(costs)
         if not cost <= (1.0 + 1e-12) / self.noise_multiplier**2:
             raise _refused(
                 f"sum (clip / sigma)^2 = {cost:.6g} of the blocks is more than "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,9 +20,19 @@ from fedtune.config_privacy import ClientPrivacyConfig, ExamplePrivacyConfig
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.privacy.accounting import Spent, most, noise_multiplier, require_delta, spent
 from fedtune.privacy.clipping import split_noise
-from fedtune.privacy.events import Charge, Event, Gaussian, Relation, Unit, with_laplace
+from fedtune.privacy.events import (
+    Charge,
+    Event,
+    Gaussian,
+    Levels,
+    Relation,
+    RenyiFiltered,
+    Unit,
+    with_laplace,
+)
 from fedtune.privacy.mechanism import Block, Mechanism
 from fedtune.privacy.noise import InsecureSeededNoise, NoiseSource, SecureNoise
+from fedtune.privacy.rldp.course import Course, Moving, cost_in_filter
 from fedtune.privacy.sampling import Everyone, Poisson, Sampler, TruncatedPoisson
 from fedtune.seeds import derive
 
@@ -82,24 +92,95 @@ class Promise:
 
     @property
     def limit(self) -> tuple[float, float] | None:
-        """Largest epsilon of this run, and its delta; None: the run sets itself no bound."""
+        """Largest epsilon of this run, and its delta; None: the run sets itself no bound.
+
+        Where each round's noise is chosen at that time, the ledger is the filter, and this is
+        its budget: what the planned rounds cost with the planned noise.
+        """
+        if self.unit is Unit.CLIENT and self._varies:
+            return self.spent().epsilon, self.delta
         return (self.settings.epsilon, self.delta) if self.settings.epsilon else None
 
     @property
+    def moving(self) -> Moving:
+        """What one round is, and between which ends its noise moves."""
+        course = _course(
+            self.unit, self.mechanism.sampler, self.settings, self.releases, self.rounds
+        )
+        return course.at(self.mechanism.noise_multiplier)
+
+    @property
     def charge(self) -> Charge:
-        """What one round costs."""
-        return Charge(self.mechanism.event, self.releases)
+        """What one round costs, as planned."""
+        moving = self.moving
+        return Charge(moving.event, moving.count)
+
+    def charge_at(self, noise_multiplier: float) -> Charge:
+        """Return what one round costs whose noise was chosen; elsewhere what each round costs.
+
+        At client level a round is one release, so its noise is known when it is charged.
+
+        Raises
+        ------
+        FedtuneError
+            The noise is not between the two ends.
+        """
+        mechanism, moving = self.at(noise_multiplier), self.moving
+        if self.unit is not Unit.CLIENT or not self._varies:
+            return self.charge
+        if not moving.order:
+            return Charge(mechanism.event)
+        one = cost_in_filter(mechanism.sampler.rate, noise_multiplier, moving.order, self.relation)
+        return Charge(RenyiFiltered(moving.order, one))
+
+    def at(self, noise_multiplier: float) -> Mechanism:
+        """Return the mechanism of one release, with noise that a `NoiseBook` gave.
+
+        Raises
+        ------
+        FedtuneError
+            No release may have such noise.
+        """
+        if noise_multiplier == self.mechanism.noise_multiplier:
+            return self.mechanism
+        moving = self.moving
+        known = isinstance(moving.event, Levels)
+        if not moving.low <= noise_multiplier <= moving.high or (
+            known and noise_multiplier not in moving.event.noise_multipliers
+        ):
+            raise FedtuneError(
+                f"noise multiplier {noise_multiplier!r} was not offered: "
+                f"{moving.low:g} to {moving.high:g}",
+                hint="take it from the noise book of this promise", code=ExitCode.PRIVACY,
+            )  # fmt: skip
+        return replace(self.mechanism, noise_multiplier=noise_multiplier)
+
+    @property
+    def least_noise(self) -> float:
+        """The smallest noise multiplier that a release may have."""
+        return self.moving.low
+
+    @property
+    def _varies(self) -> bool:
+        return self.settings.rldp is not None and self.settings.rldp.noise == "filtered"
 
     def spent(self, rounds: int | None = None) -> Spent:
         """Return the bound after so many rounds; after all of them without ``rounds``."""
-        count = self.releases * (self.rounds if rounds is None else rounds)
-        return spent([Charge(self.mechanism.event, count)], self.delta, self.relation)
+        charge = self.charge
+        count = charge.count * (self.rounds if rounds is None else rounds)
+        return spent([Charge(charge.event, count)], self.delta, self.relation)
 
     def plain_spent(self) -> Spent:
         """Return the bound without amplification: as if the coins were no secret."""
+        moving = self.moving
         event: Event = Gaussian(self.mechanism.noise_multiplier)
         event = with_laplace(event) if self.mechanism.law == "laplace" else event
-        return spent([Charge(event, self.releases * self.rounds)], self.delta, self.relation)
+        count = self.releases * self.rounds
+        if isinstance(moving.event, Levels):
+            event, count = replace(moving.event, sampling_probability=1.0), self.rounds
+        elif moving.order:  # of a filter with sampling nothing else is known without it
+            event = Gaussian(moving.low)
+        return spent([Charge(event, count)], self.delta, self.relation)
 
     def holds(self, units: int) -> bool:
         """Say whether no batch of so many units is larger than the mechanism takes.
@@ -158,7 +239,8 @@ def example_promise(config: Config) -> Promise | None:
     rounds = config.federation.rounds
     mechanism = Mechanism(
         Unit.EXAMPLE, Relation(settings.relation), sampler,
-        _noise_of(settings, sampler, steps * rounds), float(batch), micro_batch=tuning.batch_size,
+        _noise_of(Unit.EXAMPLE, sampler, settings, steps, rounds), float(batch),
+        micro_batch=tuning.batch_size,
         law=settings.noise,
     )  # fmt: skip
     return Promise(Unit.EXAMPLE, mechanism, settings, rounds, steps)
@@ -182,7 +264,8 @@ def client_promise(config: Config) -> Promise | None:
     rounds = config.federation.rounds
     mechanism = Mechanism(
         Unit.CLIENT, Relation(settings.relation), sampler,
-        _noise_of(settings, sampler, rounds), probability * settings.population, micro_batch=1,
+        _noise_of(Unit.CLIENT, sampler, settings, 1, rounds), probability * settings.population,
+        micro_batch=1,
     )  # fmt: skip
     return Promise(Unit.CLIENT, mechanism, settings, rounds, 1)
 
@@ -281,31 +364,32 @@ def noise_source(config: Config, *purpose: int | str) -> NoiseSource:
 
 
 def _noise_of(
-    settings: ExamplePrivacyConfig | ClientPrivacyConfig, sampler: Sampler, count: int
-) -> float:
+    unit: Unit, sampler: Sampler, settings: ExamplePrivacyConfig | ClientPrivacyConfig,
+    releases: int, rounds: int,
+) -> float:  # fmt: skip
     if settings.noise_multiplier:
         return settings.noise_multiplier
-    law = settings.noise if isinstance(settings, ExamplePrivacyConfig) else "gaussian"
-    key = _Key(sampler, law == "laplace")
-    return _found(settings.epsilon, settings.delta, Relation(settings.relation), count, key)
+    return _found(_course(unit, sampler, settings, releases, rounds))
 
 
-@dataclass(frozen=True)
-class _Key:
-    """A sampler as part of a key: all samplers are frozen values."""
-
-    sampler: Sampler
-    laplace: bool
-
-    def event(self, noise_multiplier: float) -> Event:
-        """Return the event of one release."""
-        event = self.sampler.event(noise_multiplier)
-        return with_laplace(event) if self.laplace else event
+def _course(
+    unit: Unit, sampler: Sampler, settings: ExamplePrivacyConfig | ClientPrivacyConfig,
+    releases: int, rounds: int,
+) -> Course:  # fmt: skip
+    rldp = settings.rldp
+    return Course(
+        rldp.noise if rldp else "constant", rldp.spread if rldp else 0.0, unit, sampler,
+        Relation(settings.relation), getattr(settings, "noise", "gaussian") == "laplace",
+        releases, rounds, settings.epsilon, settings.delta,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=64)
-def _found(epsilon: float, delta: float, relation: Relation, count: int, key: _Key) -> float:
-    return noise_multiplier(epsilon, delta, relation, count, key.event)
+def _found(course: Course) -> float:
+    return noise_multiplier(
+        course.epsilon, course.delta, course.relation, course.at(1.0).count * course.rounds,
+        lambda z: course.at(z).event,
+    )  # fmt: skip
 
 
 def _require_kept(promise: Promise) -> None:
@@ -325,5 +409,6 @@ def _require_kept(promise: Promise) -> None:
 
 def rounds_that_fit(promise: Promise, epsilon: float) -> int:
     """Return how many rounds of this promise keep ``epsilon``."""
-    found = most(promise.mechanism.event, epsilon, promise.delta, promise.relation, {})
-    return min(found // promise.releases, _MOST_ROUNDS)
+    charge = promise.charge
+    found = most(charge.event, epsilon, promise.delta, promise.relation, {})
+    return min(found // charge.count, _MOST_ROUNDS)

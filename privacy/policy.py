@@ -1,10 +1,10 @@
 """Which accountants are asked, and the smallest of their answers.
 
-Renyi always (milliseconds). Releases without sampling have a closed form. Otherwise
-a privacy loss distribution is computed unless Renyi epsilon is above 50 (there the
-two are within some percent, and the distribution takes minutes): grid 1e-3 from
-20 on, 1e-4 below, 1e-5 when the answer is below 0.05. Any grid gives an upper
-bound; a coarse one only costs tightness.
+Renyi always (milliseconds), and nothing else for what a filter admitted. Releases
+without sampling have a closed form. Otherwise a privacy loss distribution is computed
+unless Renyi epsilon is above 50 (there the two are within some percent, and the
+distribution takes minutes): grid 1e-3 from 20 on, 1e-4 below, 1e-5 when the answer is
+below 0.05. Any grid gives an upper bound; a coarse one only costs tightness.
 
 The same rule bounds time and memory, so that no child process with limits is
 needed. Measured over noise multipliers from 0.05 to 100, sampling rates from 1e-8 to
@@ -15,7 +15,7 @@ and 12 s for 32 or 150 kinds, and 500 MB.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -29,11 +29,15 @@ from fedtune.privacy.events import (
     Event,
     Gaussian,
     Laplace,
+    Levels,
     PoissonGaussian,
     PoissonLaplace,
     Relation,
+    RenyiFiltered,
     TruncatedPoissonGaussian,
     Unbounded,
+    least_noise,
+    releases_in,
 )
 
 __all__ = [
@@ -75,8 +79,8 @@ class Bound:
 def simplified(groups: Mapping[Event, int], relation: Relation) -> dict[Event, int]:
     """Return fewer events that cost the same.
 
-    Sampling everybody is no sampling, and Gaussian releases without sampling are
-    one Gaussian release.
+    Sampling everybody is no sampling, Gaussian releases without sampling are one
+    Gaussian release, and levels cost what their releases cost in any order.
 
     Examples
     --------
@@ -89,6 +93,7 @@ def simplified(groups: Mapping[Event, int], relation: Relation) -> dict[Event, i
         bounds.check_relation(event, relation)
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise bounds.refuse(f"{event} cannot happen {count!r} times")
+    for event, count in _without_levels(groups):
         if count == 0:
             continue
         match event:
@@ -103,6 +108,16 @@ def simplified(groups: Mapping[Event, int], relation: Relation) -> dict[Event, i
     if precision > 0:
         simple[Gaussian(1 / math.sqrt(precision))] = 1
     return dict(sorted(simple.items(), key=repr))  # one order, so one rounding
+
+
+def _without_levels(groups: Mapping[Event, int]) -> Iterator[tuple[Event, int]]:
+    for event, count in groups.items():
+        if isinstance(event, Levels):
+            q = event.sampling_probability
+            for z, times in zip(event.noise_multipliers, event.counts, strict=True):
+                yield PoissonGaussian(q, z), times * count
+        else:
+            yield event, count
 
 
 def bound(
@@ -140,7 +155,8 @@ def bound(
         epsilon, order = epsilon_of_rdp(rdp(event, relation), delta)
         exact = bounds.gaussian_epsilon(mu, delta)
         return Bound(exact, "analytic", epsilon, order, mu=mu)
-    return _sampled(simple, sum(groups.values()), delta, relation, finest)
+    releases = sum(count * releases_in(event) for event, count in groups.items())
+    return _sampled(simple, releases, delta, relation, finest)
 
 
 def price(
@@ -167,7 +183,9 @@ def _sampled(
 ) -> Bound:
     epsilon_rdp, order = epsilon_of_rdp(renyi(simple, relation), delta)
     best, distribution, grid, used = math.inf, None, None, None
-    if delta >= MIN_DELTA and distributions.left_of_delta(delta, releases) > 0:
+    # A filter's budget is a Renyi divergence and nothing else.
+    filtered = any(isinstance(event, RenyiFiltered) for event in simple)
+    if not filtered and delta >= MIN_DELTA and distributions.left_of_delta(delta, releases) > 0:
         grid = _grid(simple, releases, epsilon_rdp, finest)
         if math.isinf(epsilon_rdp):
             grid = _first_look(simple, delta, relation)
@@ -201,9 +219,8 @@ def _grid(simple: Mapping[Event, int], releases: int, about: float, finest: floa
         grids = [FINEST, FINE, *grids] if about < 0.05 else [FINE, *grids]
     # Losses up to about (10 / z + 1 / 2 z^2) must be in the table of one event.
     z = min(
-        event.noise_multiplier / (2 if isinstance(event, TruncatedPoissonGaussian) else 1)
+        (least_noise(event) or math.inf) / (2 if isinstance(event, TruncatedPoissonGaussian) else 1)
         for event in simple
-        if not isinstance(event, Unbounded)
     )
     reach = 20 / z + 1 / (z * z)
     return next((grid for grid in grids if grid >= finest and reach / grid <= MAX_BINS), None)

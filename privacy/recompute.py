@@ -13,9 +13,11 @@ from fedtune.privacy.events import (
     Event,
     Gaussian,
     Laplace,
+    Levels,
     PoissonGaussian,
     PoissonLaplace,
     Relation,
+    RenyiFiltered,
     TruncatedPoissonGaussian,
     Unbounded,
 )
@@ -25,13 +27,18 @@ __all__ = ["FILE", "lines"]
 FILE = "report.json"
 """The file that the lines read: ``fedtune report RUN --format json --out report.json``."""
 
-_Z = 'g["event"]["noise_multiplier"]'
+_Z_NAME = "noise_multiplier"
+_Z = f'g["event"]["{_Z_NAME}"]'
 _Q = 'g["event"]["sampling_probability"]'
+_ZS, _NS = 'g["event"]["noise_multipliers"]', 'g["event"]["counts"]'
+_D = 'g["event"]["divergence"]'
 _MAKE = {
     Gaussian: f"dp.GaussianDpEvent({_Z})",
     PoissonGaussian: f"dp.PoissonSampledDpEvent({_Q}, dp.GaussianDpEvent({_Z}))",
     Laplace: f"dp.LaplaceDpEvent({_Z})",
     PoissonLaplace: f"dp.PoissonSampledDpEvent({_Q}, dp.LaplaceDpEvent({_Z}))",
+    Levels: f"dp.ComposedDpEvent([dp.SelfComposedDpEvent(dp.PoissonSampledDpEvent({_Q}, "
+    f"dp.GaussianDpEvent(z)), n) for z, n in zip({_ZS}, {_NS})])",
     TruncatedPoissonGaussian: "dp.dp_event.TruncatedSubsampledGaussianDpEvent("
     f'g["event"]["population"], {_Q}, g["event"]["cap"], {_Z})',
 }
@@ -40,6 +47,7 @@ _KIND = {
     PoissonGaussian: "poisson-gaussian",
     Laplace: "laplace",
     PoissonLaplace: "poisson-laplace",
+    Levels: "levels",
 }
 _DEFAULT_GRID = 1e-4
 
@@ -70,8 +78,14 @@ def lines(index: int, groups: Mapping[Event, int], spent: Spent, relation: Relat
         "import json, dp_accounting as dp",
         f'groups = json.load(open("{FILE}"))["report"]["ledger"]["accounts"][{index}]["groups"]',
     ]
+    if any(isinstance(event, RenyiFiltered) for event in groups):
+        return "\n".join([*start, *_filtered(groups, spent, relation)])
     if spent.accountant == "analytic":
-        total = f'sum(g["count"] / {_Z} ** 2 for g in groups) ** -0.5'
+        each = f'g["count"] / {_Z} ** 2'
+        if any(isinstance(event, Levels) for event in groups):
+            levels = f"sum(n / z ** 2 for z, n in zip({_ZS}, {_NS}))"
+            each = f'{each} if "{_Z_NAME}" in g["event"] else g["count"] * {levels}'
+        total = f"sum({each} for g in groups) ** -0.5"
         return "\n".join([*start, f"print(dp.get_epsilon_gaussian({total}, {spent.delta!r}))"])
     start.append(
         f'event = dp.ComposedDpEvent([dp.SelfComposedDpEvent({_made(groups)}, g["count"]) '
@@ -80,6 +94,25 @@ def lines(index: int, groups: Mapping[Event, int], spent: Spent, relation: Relat
     asked = ", ".join(_accountants(groups, spent, relation))
     end = f"print(min(a.compose(event).get_epsilon({spent.delta!r}) for a in [{asked}]))"
     return "\n".join([*start, end])
+
+
+def _filtered(groups: Mapping[Event, int], spent: Spent, relation: Relation) -> list[str]:
+    """Return lines that add up Renyi divergences at the order that gave the bound."""
+    if spent.accountant != "rdp":
+        return []
+    rest: dict[Event, int] = {
+        event: n for event, n in groups.items() if not isinstance(event, RenyiFiltered)
+    }
+    found = [f'total = sum(g["count"] * {_D} for g in groups if "divergence" in g["event"])']
+    if rest:
+        found += [
+            f"a = dp.rdp.RdpAccountant([{spent.order!r}], dp.NeighboringRelation.{relation.name})",
+            f'for g in groups:\n    if "divergence" not in g["event"]:\n'
+            f'        a.compose({_made(rest)}, g["count"])',
+            "total += a.rdp[0]",
+        ]
+    end = f"print(dp.rdp.compute_epsilon([{spent.order!r}], [total], {spent.delta!r})[0])"
+    return [*found, end]
 
 
 def _made(groups: Mapping[Event, int]) -> str:

@@ -21,7 +21,7 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -61,6 +61,8 @@ class Release:
         Private: what the noise was added to, in the unit of the clip norm.
     output : dict of name to float32 array
         What was released.
+    apart : int, public
+        So many of the last blocks are of units that contribute to no other.
     """
 
     event: Event
@@ -70,6 +72,7 @@ class Release:
     margin: float
     sums: Mapping[str, NDArray[np.float64]]
     output: Mapping[str, NDArray[np.float32]]
+    apart: int = 0
 
 
 @dataclass(frozen=True)
@@ -196,14 +199,19 @@ class _Watched:
         return drawn
 
     def release(
-        self, sums: Mapping[str, NDArray[Any]], blocks: Sequence[Block], source: NoiseSource
+        self,
+        sums: Mapping[str, NDArray[Any]],
+        blocks: Sequence[Block],
+        source: NoiseSource,
+        apart: Sequence[Block] = (),
     ) -> dict[str, NDArray[np.float32]]:
         """Release; or give what was released when it was recorded."""
         if self._stage.tape is None:
-            output = self._mechanism.release(sums, blocks, source)
+            output = self._mechanism.release(sums, blocks, source, apart)
         else:
             output = dict(self._stage.next(Release).output)
-        self._stage.trace.calls.append(self._release(sums, tuple(blocks), output))
+        made = self._release(sums, (*blocks, *apart), output)
+        self._stage.trace.calls.append(replace(made, apart=len(apart)))
         return {name: value.copy() for name, value in output.items()}
 
     def _release(

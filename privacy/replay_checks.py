@@ -271,7 +271,9 @@ def _too_far(one: Release, two: Release) -> list[str]:
 
 
 def _too_little_declared(release: Release) -> str:
-    cost = sum((block.clip / block.sigma) ** 2 for block in release.blocks)
+    first = len(release.blocks) - release.apart
+    parts = (release.blocks[:first], release.blocks[first:])  # nobody contributes to both
+    cost = max(sum((block.clip / block.sigma) ** 2 for block in part) for part in parts)
     z = _multiplier(release.event)
     if cost * z * z <= 1.0 + CHANCE:
         return ""

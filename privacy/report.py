@@ -7,7 +7,7 @@ needs no ledger; where the ledger can be asked, budgets and other jobs are as of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 from fedtune.privacy.costs import events_of
 from fedtune.privacy.events import Unit
 from fedtune.privacy.facts import Facts, Ran
-from fedtune.privacy.report_fields import fields_of, ran_rows
+from fedtune.privacy.report_choices import choices_of
+from fedtune.privacy.report_fields import fields_of, policy_words, ran_rows
 from fedtune.privacy.report_ledger import Extract
 from fedtune.privacy.report_model import Answer, Chapter, Note, Report
 from fedtune.privacy.report_parts import Latest, budgets, curve, key, other_jobs, people
@@ -34,7 +35,12 @@ _ENDS = {
 
 
 def build(
-    facts: Facts, extract: Extract, *, live: Extract | None = None, details: bool = True
+    facts: Facts,
+    extract: Extract,
+    *,
+    live: Extract | None = None,
+    details: bool = True,
+    decisions: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> Report:
     """Return the report of a run.
 
@@ -48,6 +54,8 @@ def build(
     details : bool
         Curves, groups, budgets and other jobs; seconds. The statements are the same
         without them, and so is ``summary``.
+    decisions : mapping, optional
+        What clipping policies chose, by client: ``RunFolder.decisions``.
 
     Raises
     ------
@@ -58,7 +66,9 @@ def build(
     now = datetime.now(UTC).isoformat(timespec="seconds")
     latest = {key(account): account for account in (live or extract).accounts}
     chapters = tuple(
-        _chapter(facts, ran, statement, extract, latest, details)
+        _chapter(facts, ran, statement, extract, latest, details).model_copy(
+            update={"choices": choices_of(decisions or {}, facts, ran)}
+        )
         for ran, statement in zip(facts.mechanisms, statements, strict=True)
     )
     private = bool(statements) and all(statement.holds for statement in statements)
@@ -105,11 +115,12 @@ def summary(report: Report) -> dict[str, Any]:
                 "condition": s.condition,
                 "accountant": f"{s.accountant}, {s.library}",
                 "releases": s.releases,
+                "clip": ran.clip.model_dump(mode="json", include={"rule", "policy"}),
                 "formal": s.formal,
                 "trust": chapter.model,
                 "not_bounded_for": list(chapter.unbounded_for),
             }
-            for chapter in report.chapters
+            for ran, chapter in zip(report.facts.mechanisms, report.chapters, strict=True)
             for s in [chapter.statement]
         ],
         **({"server_view": view.model_dump(mode="json")} if view else {}),
@@ -125,15 +136,14 @@ def summary(report: Report) -> dict[str, Any]:
 def card_lines(report: Report) -> list[str]:
     """Return the privacy section of a model card: one Markdown line each, no heading."""
     found = [f"**{markdown(report.answer)}**"]
-    for chapter in report.chapters:
+    for ran, chapter in zip(report.facts.mechanisms, report.chapters, strict=True):
         statement = chapter.statement
         found += ["", markdown(f"{statement.title}. {statement.formal} {chapter.model}")]
+        if words := policy_words(ran):
+            found.append(markdown(f"Clipping by {words}."))
         if statement.condition:
             found.append(
-                markdown(
-                    f"Without credit for sampling: epsilon {above(statement.unsampled)}. "
-                    f"{statement.condition}"
-                )
+                markdown(f"Without credit for sampling: {_plain(statement)}. {statement.condition}")
             )
         found.append(f"No bound for: {'; '.join(chapter.unbounded_for)}.")
     if report.notes:
@@ -191,6 +201,12 @@ def _answer(facts: Facts, chapters: Sequence[Chapter], private: bool) -> str:
     return "Not private: something was released that nothing bounds."
 
 
+def _plain(statement: Statement) -> str:
+    """Return the bound against somebody who learns who was drawn."""
+    found = above(statement.unsampled)
+    return f"epsilon {found}" if math.isfinite(statement.unsampled) else found
+
+
 def _answers(trust: Trust, statement: Statement) -> tuple[Answer, ...]:
     """Return what a person asks first: what can leak, to whom, with what bound."""
     questions = ("What can leak", "To whom", "With what bound")
@@ -205,7 +221,7 @@ def _answers(trust: Trust, statement: Statement) -> tuple[Answer, ...]:
         )  # fmt: skip
     many = "clients" if statement.unit is Unit.EXAMPLE else "data sets"
     where = "" if statement.accounts == 1 else f", at the worst of {statement.accounts:,} {many}"
-    plain = above(statement.unsampled)
+    plain = _plain(statement).replace("epsilon", "ε ≤")
     return (
         Answer(question=questions[0], text=f"{trust.leaks}: no more than the bound. {shared}",
                strong=""),
@@ -213,7 +229,7 @@ def _answers(trust: Trust, statement: Statement) -> tuple[Answer, ...]:
                strong=f"No bound for {joined(trust.unbounded_for, 'or')}."),
         Answer(question=questions[2], text="Was it there or not, at even odds: the best guess is "
                f"right at most {percent(statement.guess)} of the time{where}.",
-               strong=f"Without secret sampling: ε ≤ {plain}." if statement.condition else ""),
+               strong=f"Without secret sampling: {plain}." if statement.condition else ""),
     )  # fmt: skip
 
 

@@ -11,19 +11,22 @@ from fedtune.privacy.events import (
     Event,
     Gaussian,
     Laplace,
+    Levels,
     PoissonGaussian,
     PoissonLaplace,
     Relation,
+    RenyiFiltered,
     TruncatedPoissonGaussian,
     Unbounded,
     Unit,
+    least_noise,
 )
 from fedtune.privacy.facts import Facts, Ran
 from fedtune.privacy.statement import Statement
 from fedtune.privacy.trust import omissions, trust_of
 from fedtune.privacy.words import above, joined, plural, power, shown, tidy
 
-__all__ = ["GUIDES", "Named", "event_words", "fields_of", "ran_rows"]
+__all__ = ["GUIDES", "SEARCHING", "Named", "event_words", "fields_of", "ran_rows"]
 
 GUIDES = ("How to DP-fy ML, 5.3.3", "NIST SP 800-226", "OpenDP registry, tier 3")
 """Ponomareva et al. 2023 (arXiv 2303.00654); Near et al. 2025; registry.opendp.org."""
@@ -38,7 +41,20 @@ _CLIP = {
     "per-adapter": "one L2 norm per adapter, jointly bounded",
     "automatic": "automatic: every contribution is scaled to the norm",
     "quantile": "adapted to a quantile; its bits are noised in the same release",
+    "quantile-per-adapter": "one L2 norm per adapter, each adapted to a quantile; its bits are "
+    "noised in the same release",
+    "closed-form": "one L2 norm per adapter, each adapted to a quantile, and the shares of the "
+    "noise that add least of it",
+    "dp-lac": "one L2 norm, looked for with noised bits in the first releases, then following "
+    "released gradients",
+    "geoclip": "one L2 norm over coordinates that are scaled by released gradients",
+    "random": "norms and shares of the noise moved at random",
+    "constant": "norms and shares of the noise moved by one action again and again",
+    "rldp": "norms and shares of the noise chosen by a learning controller",
 }
+SEARCHING = ("dp-lac", "random", "constant")
+"""Policies that have sensors in the first releases only."""
+
 _NAMES = {"pld": "privacy loss distribution", "rdp": "Renyi", "analytic": "analytic Gaussian"}
 
 
@@ -59,20 +75,22 @@ def ran_rows(ran: Ran, statement: Statement, groups: Mapping[Event, int]) -> tup
     """Return the mechanism as it ran, from facts and from the worst account's events."""
     example = ran.unit is Unit.EXAMPLE
     clip = f"{_CLIP[ran.clip.rule]}, {tidy(ran.clip.norm)}"
-    if ran.clip.rule == "quantile":
+    if ran.clip.policy is not None or ran.clip.rule == "quantile":
         clip += " at the start"
     if ran.clip.note:
         clip += f" ({shown(ran.clip.note)})"
+    least = "at least " if _moves(ran, groups) else ""
     law = "Laplace, scale" if ran.noise.law == "laplace" else "Gaussian,"
     noise = (
-        f"{law} {tidy(ran.noise.multiplier)} times the sensitivity on each coordinate of the "
-        f"sum, from {shown(ran.noise.source)}"
+        f"{law} {least}{tidy(ran.noise.multiplier)} times the sensitivity on each coordinate "
+        f"of the sum, from {shown(ran.noise.source)}"
     )
     if not ran.noise.secure:
         noise += " (INSECURE: seeded)"
     lattice = ""
     if ran.noise.grid is not None:
         lattice = f"sums and noise are whole multiples of {ran.noise.grid:.3g}"
+        lattice += " at the start, as the norm is" if ran.clip.policy is not None else ""
         if ran.noise.margin is not None:
             lattice += f"; rounding may add {ran.noise.margin:.2%} to the sensitivity, and "
             lattice += "the noise is that much larger"
@@ -87,6 +105,8 @@ def ran_rows(ran: Ran, statement: Statement, groups: Mapping[Event, int]) -> tup
         ("Neighbouring data sets", _RELATION[ran.relation]),
         ("Sampler that ran", _sampler(ran, groups)),
         ("Clip", clip),
+        ("Policy", policy_words(ran)),
+        ("Sensors", _sensors(ran)),
         ("Noise", noise),
         ("Lattice", lattice),
         ("Denominator", f"{tidy(ran.denominator)}, a public constant"),
@@ -97,6 +117,41 @@ def ran_rows(ran: Ran, statement: Statement, groups: Mapping[Event, int]) -> tup
         ("Delta", f"{power(ran.delta)}, below 1/{ran.units:,}"),
     ]  # fmt: skip
     return tuple((name, value) for name, value in rows if value)
+
+
+def policy_words(ran: Ran) -> str:
+    """Return what a clipping policy saw, in one sentence; empty where nothing moved."""
+    policy = ran.clip.policy
+    if policy is None:
+        return ""
+    mode = f" ({policy.mode})" if policy.mode else ""
+    return (
+        f"{ran.clip.rule}{mode}: it saw nothing but released values and public settings, so "
+        "epsilon is that of the mechanism, whatever it chose"
+    )
+
+
+def _sensors(ran: Ran) -> str:
+    """Return what the policy took of each release."""
+    policy = ran.clip.policy
+    if policy is None:
+        return ""
+    given = (("clip bits", policy.bits), ("a clamped mean loss", policy.loss))
+    parts = [f"{name} {100.0 * share:.3g}%" for name, share in given if share]
+    start = " at the start" if ran.clip.rule in SEARCHING else ""
+    text = "none but released gradients"
+    if parts:
+        text = (
+            f"{100.0 * policy.sensing:.3g}% of the privacy of each release{start} "
+            f"({joined(parts)}); the gradient had {(1.0 - policy.sensing) ** -0.5 - 1.0:.2%} more "
+            "noise for it"
+        )
+    if policy.held_out:
+        text += (
+            f". {100.0 * policy.held_out:.3g}% of the units, by a hash of each, trained nothing; "
+            "their mean loss was in the same release, and no unit is in both parts"
+        )
+    return text
 
 
 def accountant_words(statement: Statement) -> str:
@@ -130,9 +185,25 @@ def event_words(event: Event, count: int) -> str:
             what = f"Laplace with noise {tidy(z)}"
         case PoissonLaplace(q, z):
             what = f"Poisson {tidy(q)} with Laplace noise {tidy(z)}"
+        case Levels(q, noises, counts):
+            pairs = zip(noises, counts, strict=True)
+            levels = joined([f"{tidy(n)} with noise {tidy(z)}" for z, n in pairs])
+            drawn = f"Poisson {tidy(q)}" if q < 1.0 else "Gaussian"
+            what = f"{drawn} in an order chosen on the way ({levels})"
+        case RenyiFiltered(order, divergence):
+            what = f"a filter of Renyi order {tidy(order)} with budget {tidy(divergence)}"
         case Unbounded(reason):
             what = f"something without a bound ({shown(reason, 120)})"
     return f"{tidy(count)} times {what}"
+
+
+def _moves(ran: Ran, groups: Mapping[Event, int]) -> bool:
+    """Say whether releases had more noise than the least, which the facts have."""
+    least = ran.noise.multiplier * (1 + 1e-9)
+    return any(
+        isinstance(event, Levels | RenyiFiltered) or (least_noise(event) or 0.0) > least
+        for event in groups
+    )
 
 
 def _sampler(ran: Ran, groups: Mapping[Event, int]) -> str:
@@ -143,7 +214,7 @@ def _sampler(ran: Ran, groups: Mapping[Event, int]) -> str:
     drawn = {
         event.sampling_probability
         for event in groups
-        if isinstance(event, PoissonGaussian | TruncatedPoissonGaussian | PoissonLaplace)
+        if isinstance(event, PoissonGaussian | TruncatedPoissonGaussian | PoissonLaplace | Levels)
     }
     chance = joined([tidy(q) for q in sorted(drawn)]) or tidy(sampling.probability)
     text = f"Poisson: each {unit} in each {often} by its own coin of probability {chance}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fedtune.privacy.events import Relation, Unit
+from fedtune.privacy.events import Relation, Unit, from_json, releases_in
 from fedtune.privacy.facts import read_model
 
 __all__ = ["Account", "Budget", "Extract", "Group", "JobUse", "compare", "read_extract"]
@@ -77,11 +78,15 @@ class Account(BaseModel):
         entries, runs = given.get("entries") or (), given.get("runs") or ()
         ended = {one.get("reservation") for one in entries}
         open_ones = [
-            one["count"]
+            one["count"] * _releases(one)
             for one in entries
             if one.get("kind") == "reserve" and one.get("seq") not in ended
         ]
-        open_ones += [one["count"] * one["times"] for one in runs if one["state"] == "reserved"]
+        open_ones += [
+            one["count"] * one["times"] * _releases(one)
+            for one in runs
+            if one["state"] == "reserved"
+        ]
         return given | {"unfinished": sum(open_ones)}
 
     @model_validator(mode="after")
@@ -127,6 +132,10 @@ def compare(left: Extract, now: Extract) -> str:
     if any(counts.get(key, 0) < count for key, count in before.items()):
         return "less"
     return "more" if sum(counts.values()) > sum(before.values()) else "same"
+
+
+def _releases(entry: Mapping[str, Any]) -> int:
+    return releases_in(from_json(entry.get("event") or {}))
 
 
 def _count(account: Account) -> int:

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from fedtune.privacy.facts import Facts, Omission
+from fedtune.privacy.report_choices import Choices
 from fedtune.privacy.report_fields import Named
 from fedtune.privacy.report_ledger import Extract
 from fedtune.privacy.server_view import ServerView
@@ -106,6 +107,8 @@ class Chapter(BaseModel):
     people: tuple[Person, ...] = ()
     budgets: tuple[Left, ...] = ()
     jobs: tuple[OtherJob, ...] = ()
+    choices: Choices | None = None
+    """What the clipping policy chose, where it chose anything."""
 
 
 class Report(BaseModel):

@@ -6,7 +6,7 @@ import math
 
 from fedtune.privacy import accounting
 from fedtune.privacy.costs import Groups, bare, cost, events_of
-from fedtune.privacy.events import Relation, Unbounded, Unit
+from fedtune.privacy.events import Relation, Unbounded, Unit, releases_in
 from fedtune.privacy.facts import Ran
 from fedtune.privacy.report_ledger import Account, Extract
 from fedtune.privacy.report_model import Left, OtherJob, Person, Point
@@ -75,6 +75,7 @@ def budgets(
         if now.budget and place == 0 and left:
             event = max(events_of(then.groups).items(), key=lambda one: one[1])[0]
             more = accounting.most(event, now.budget.epsilon, delta, ran.relation, every)
+            more *= releases_in(event)
         found.append(
             Left(
                 name=row.name,
@@ -111,7 +112,8 @@ def other_jobs(
                 first=min(first, before.first) if before else first,
                 last=max(last, before.last) if before else last,
                 datasets=1 + (before.datasets if before else 0),
-                releases=sum(groups.values()) + (before.releases if before else 0),
+                releases=sum(n * releases_in(event) for event, n in groups.items())
+                + (before.releases if before else 0),
                 epsilon=max(
                     cost(groups, ran.delta, ran.relation).epsilon, before.epsilon if before else 0.0
                 ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import tempfile
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.errors import ExitCode, FedtuneError
+from fedtune.privacy.report_choices_picture import draw_choices, shown_choices
 from fedtune.privacy.report_model import Chapter, Report
 from fedtune.privacy.report_picture import alternative, draw
 from fedtune.privacy.report_render import as_json, context
@@ -109,6 +111,9 @@ def _data(report: Report, envelope: Mapping[str, Any]) -> dict[str, Any]:
     cleaned: dict[str, Any] = _cleaned(data)
     for made, chapter in zip(cleaned["chapters"], report.chapters, strict=True):
         made |= {"picture": draw(chapter, "wide"), "recompute": chapter.statement.recompute}
+        made["courses"] = ""
+        if chapter.choices is not None:
+            made["courses"] = draw_choices(chapter.choices, made["choices"]["often"], "wide")
     return cleaned | {"envelope": as_json(envelope).decode()}
 
 
@@ -127,7 +132,8 @@ def _chapter(chapter: Chapter) -> dict[str, Any]:
         )
         beside.append(f"As Gaussian differential privacy: μ = {above(s.mu)}{fitted}.")
     if s.condition:
-        beside.append(f"{s.condition} That bound is ε = {above(s.unsampled)} at the same δ.")
+        bound = f" That bound is ε = {above(s.unsampled)} at the same δ."
+        beside.append(s.condition + (bound if math.isfinite(s.unsampled) else ""))
     spread = bool(chapter.people) and chapter.people[0].several_places is not None
     lines = []
     if s.accounts > len(chapter.budgets):
@@ -146,6 +152,7 @@ def _chapter(chapter: Chapter) -> dict[str, Any]:
         "ran": [list(row) for row in chapter.ran],
         "at_worst": f", at the worst {place}" if s.accounts > 1 else "",
         "picture_words": alternative(chapter),
+        "choices": _choices(chapter),
         "people_head": ["Examples", "ε, all at one client", "ε, the same one at so many clients"]
         if spread else ["Clients", "ε"],
         "people": [
@@ -167,6 +174,14 @@ def _chapter(chapter: Chapter) -> dict[str, Any]:
         "prints": f"{s.epsilon:.6g}",
         "at_account": f": {s.worst}" if s.accounts > 1 else "",
     }  # fmt: skip
+
+
+def _choices(chapter: Chapter) -> dict[str, Any]:
+    found = shown_choices(chapter)
+    if found:
+        over = f", medians over {plural(found['medians'], 'client')}" if found["medians"] else ""
+        found["at_end"] = f"At the end{over}"
+    return found
 
 
 def _cleaned(value: Any) -> Any:

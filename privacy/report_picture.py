@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 from fedtune.privacy.report_model import Chapter
 from fedtune.privacy.words import above, tidy
 
-__all__ = ["alternative", "draw"]
+__all__ = ["ACCENT", "INK", "LIMIT", "QUIET", "alternative", "as_svg", "draw"]
 
 INK, QUIET, ACCENT, LIMIT = "#20262e", "#5b6570", "#1f4e79", "#a3201d"
 _PLAIN = "#8a6414"
@@ -31,27 +32,43 @@ def draw(chapter: Chapter, shape: str) -> str:
     points = [p for p in chapter.curve if math.isfinite(p.epsilon)]
     if not points:
         return ""
+
+    def fill(figure: Any) -> None:
+        _fill(figure.subplots(), chapter, points, shape == "narrow")
+
+    return as_svg(fill, _SIZES[shape], f"{chapter.statement.unit.value}-{shape}")
+
+
+def as_svg(fill: Callable[[Any], None], size: tuple[float, float], mark: str) -> str:
+    """Return an SVG element of a figure: text as outlines, the same for the same figure.
+
+    Parameters
+    ----------
+    fill : callable
+        Draws into an empty figure.
+    size : tuple of float
+        Width and height in inches.
+    mark : str
+        Begins every name inside: those of two pictures on one page must differ.
+    """
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    narrow = shape == "narrow"
     settings: dict[Any, Any] = {
-        "svg.fonttype": "path", "svg.hashsalt": f"fedtune-{shape}", "font.size": 9.5,
+        "svg.fonttype": "path", "svg.hashsalt": f"fedtune-{mark}", "font.size": 9.5,
         "font.family": "DejaVu Sans", "axes.edgecolor": QUIET, "axes.labelcolor": INK,
         "xtick.color": QUIET, "ytick.color": QUIET, "text.color": INK,
+        "text.parse_math": False,  # names of clients are text
     }  # fmt: skip
     with mpl.rc_context(settings):
-        figure = Figure(figsize=_SIZES[shape], layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
-        axes = figure.subplots()
-        _fill(axes, chapter, points, narrow)
+        fill(figure)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None},
                        transparent=True)  # fmt: skip
     text = buffer.getvalue()
-    # Two pictures stand on one page: their inner names must differ.
-    mark = f"{chapter.statement.unit.value}-{shape}"
     text = re.sub(r'(id="|xlink:href="#|url\(#)', rf"\g<1>{mark}-", text[text.index("<svg") :])
     return re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL).strip()
 

@@ -11,9 +11,10 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from fedtune.privacy.events import Unit, from_json
+from fedtune.privacy.report_choices_picture import draw_choices, shown_choices
 from fedtune.privacy.report_fields import GUIDES, event_words
 from fedtune.privacy.report_ledger import Group
-from fedtune.privacy.report_model import Report
+from fedtune.privacy.report_model import Chapter, Report
 from fedtune.privacy.report_picture import alternative, draw
 from fedtune.privacy.signing import Signer, embedded, fingerprint, readable, seal, seal_page
 from fedtune.privacy.statement import ROWS, Statement
@@ -43,9 +44,13 @@ def as_html(envelope: Mapping[str, Any], signer: Signer) -> bytes:
         }
         for chapter in report.chapters
     ]
+    courses = [
+        {shape: Markup(_courses(chapter, shape)) for shape in ("wide", "narrow")}  # noqa: S704
+        for chapter in report.chapters
+    ]
     page = _environment(escape=True).from_string(_template("report.html.j2")).render(
         context(report, envelope),
-        pictures=pictures,
+        pictures=pictures, courses=courses,
         embedded=Markup(embedded(envelope)),  # noqa: S704 - has no < or & left
     )  # fmt: skip
     return seal_page(f"{page.rstrip()}\n", signer)
@@ -76,8 +81,16 @@ def context(report: Report, envelope: Mapping[str, Any]) -> dict[str, Any]:
         "library_pin": library.replace(" ", "=="),
         "above": above, "below": below, "power": power, "tidy": tidy, "plural": plural,
         "joined": joined, "finite": math.isfinite, "place": _place,
-        "words_of": _words_of,
+        "words_of": _words_of, "choices": [shown_choices(c) for c in report.chapters],
     }  # fmt: skip
+
+
+def _courses(chapter: Chapter, shape: str) -> str:
+    """Return the picture of a chapter's choices: no text in it, but for names of clients."""
+    found = shown_choices(chapter)
+    if chapter.choices is None:
+        return ""
+    return draw_choices(chapter.choices, found["often"], shape)
 
 
 def _place(statement: Statement) -> str:

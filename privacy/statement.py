@@ -20,12 +20,15 @@ from fedtune.privacy.events import (
     Bounded,
     Gaussian,
     Laplace,
+    Levels,
     PoissonGaussian,
     PoissonLaplace,
     Relation,
+    RenyiFiltered,
     TruncatedPoissonGaussian,
     Unbounded,
     Unit,
+    least_noise,
 )
 from fedtune.privacy.facts import Facts, Ran, read_facts
 from fedtune.privacy.recompute import lines
@@ -171,6 +174,7 @@ def _state(facts: Facts, ran: Ran, extract: Extract) -> Statement:
     epsilon = worst.epsilon
     split = facts.crossing is not None
     trust = trust_of(ran, split=split)
+    unsampled = cost(bare(groups), ran.delta, ran.relation).epsilon
     return Statement(
         unit=ran.unit,
         relation=ran.relation,
@@ -188,8 +192,8 @@ def _state(facts: Facts, ran: Ran, extract: Extract) -> Statement:
         pure=worst.pure,
         mu=worst.mu,
         guess=guess(epsilon, ran.delta),
-        unsampled=cost(bare(groups), ran.delta, ran.relation).epsilon,
-        condition=condition(ran),
+        unsampled=unsampled,
+        condition=condition(ran, bounded=math.isfinite(unsampled)),
         accountant=worst.accountant,
         epsilon_rdp=worst.epsilon_rdp,
         epsilon_pld=worst.epsilon_pld,
@@ -247,18 +251,19 @@ def _ranked(mine: Sequence[tuple[int, Account]], ran: Ran) -> tuple[list[Row], S
 
 def _agree(ran: Ran, accounts: Sequence[Account]) -> None:
     """Raise when the facts name a sampler that no event of the ledger has."""
-    kinds: dict[tuple[str, str], type[Bounded]] = {
-        ("everyone", "gaussian"): Gaussian,
-        ("poisson", "gaussian"): PoissonGaussian,
-        ("truncated-poisson", "gaussian"): TruncatedPoissonGaussian,
-        ("everyone", "laplace"): Laplace,
-        ("poisson", "laplace"): PoissonLaplace,
+    kinds: dict[tuple[str, str], tuple[type[Bounded], ...]] = {
+        ("everyone", "gaussian"): (Gaussian, Levels),
+        ("poisson", "gaussian"): (PoissonGaussian, Levels, RenyiFiltered),
+        ("truncated-poisson", "gaussian"): (TruncatedPoissonGaussian,),
+        ("everyone", "laplace"): (Laplace,),
+        ("poisson", "laplace"): (PoissonLaplace,),
     }
     found = [e for account in accounts for e in events_of(account.groups)]
     if any(isinstance(event, Unbounded) for event in found) or not found:
         return
     wanted = kinds.get((ran.sampling.scheme, ran.noise.law))
-    least = min(event.noise_multiplier for event in found if not isinstance(event, Unbounded))
+    # A filter says nothing of the noise behind it.
+    least = min((z for z in map(least_noise, found) if z is not None), default=math.inf)
     if wanted is not None and any(isinstance(event, wanted) for event in found):
         if ran.noise.multiplier <= least * (1 + 1e-9):
             return

@@ -261,8 +261,11 @@ def formal(ran: Ran, epsilon: str, rounds: int, pure: str = "", *, split: bool =
     )
 
 
-def condition(ran: Ran) -> str:
-    """Return in words what the smaller, amplified bound rests on; empty without sampling."""
+def condition(ran: Ran, bounded: bool = True) -> str:
+    """Return in words what the smaller, amplified bound rests on; empty without sampling.
+
+    ``bounded`` says whether there is a bound without it.
+    """
     if ran.sampling.scheme == "everyone" or ran.sampling.probability >= 1.0:
         return ""
     unit = "example" if ran.unit is Unit.EXAMPLE else "client"
@@ -279,8 +282,13 @@ def condition(ran: Ran) -> str:
         if ran.sampling.scheme == "truncated-poisson"
         else ""
     )
+    otherwise = (
+        "the bound without sampling holds."
+        if bounded
+        else "nothing is stated: the filter that chose the noise counted on sampling."
+    )
     return (
         f"The smaller bound counts on secret sampling. In every {often} each {unit} takes part "
         f"by an independent coin, flipped by the {who}.{cap} It holds while {seen}. Against "
-        "somebody who does learn it, the bound without sampling holds."
+        f"somebody who does learn it, {otherwise}"
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from fedtune.server.checkpoint import State
+from fedtune.server.learner import open_learner
 from fedtune.server.link import Answer, Link
 from fedtune.server.seeded import tensors_for
 from fedtune.server.tuned import Tuned
@@ -65,7 +66,8 @@ def ask_members(
     most = state.chain.epoch if state.chain else 0
     known = {member.node: min(epochs.of(member), most) for member in members}
     if tuned.weights is None:
-        tensors = {0: state.tensors()}
+        learner = open_learner(tuned.config) if reply is Update else None
+        tensors = {0: state.tensors() | (learner.told(state.learner) if learner else {})}
     else:
         tensors = tensors_for(tuned.config, tuned.weights, state, known.values())
     wholes = {count: replace(task, tensors=some) for count, some in tensors.items()}

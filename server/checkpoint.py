@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from safetensors.numpy import save
 
 from fedtune.adapters import Tensors
@@ -29,13 +30,15 @@ class State:
         Last finished round; 0 is the fresh adapter.
     fingerprint : str
         Of the frozen weights that the adapter belongs to.
-    clip_norm : float
-        Client-level privacy: of the next round, where the quantile rule moves it.
+    policy : Tensors
+        Client-level privacy: what the clipping policy remembers.
     chain : Chain or None
         Seed pool: what the weights are made of; ``adapter`` then holds the accumulators of
         the running pool in full precision.
     history : Tensors
         FedKSeed-Pro: what its probabilities come from.
+    learner : Tensors
+        ``rldp.mode = "federated"``: what learns the clients' clipping policy.
     """
 
     round: int
@@ -43,12 +46,13 @@ class State:
     fingerprint: str
     residual: Residual = field(default_factory=dict)
     moments: Moments = field(default_factory=Moments)
-    clip_norm: float = 0.0
+    policy: Tensors = field(default_factory=dict)
     chain: Chain | None = None
     history: Tensors = field(default_factory=dict)
+    learner: Tensors = field(default_factory=dict)
 
     def tensors(self) -> Tensors:
-        """Return what is sent to clients."""
+        """Return what is tuned, as it is sent to clients."""
         return join(self.adapter, self.residual)
 
 
@@ -59,11 +63,12 @@ def store(folder: RunFolder, state: State, keep: int) -> None:
         "first": state.moments.first,
         "second": state.moments.second,
         "history": state.history,
+        "policy": {name: np.ascontiguousarray(v) for name, v in state.policy.items()},
+        "learner": {name: np.ascontiguousarray(v) for name, v in state.learner.items()},
         "chain": write_chain(state.chain) if state.chain else {},
     }
     flat = {f"{part}:{name}": v for part, tensors in parts.items() for name, v in tensors.items()}
     note = {"round": str(state.round), "fingerprint": state.fingerprint}
-    note |= {"clip_norm": repr(state.clip_norm)} if state.clip_norm else {}
     write_atomic(folder.checkpoints / f"round-{state.round:06d}.safetensors", save(flat, note))
     for old in _rounds(folder)[:-keep]:
         _path(folder, old).unlink(missing_ok=True)
@@ -89,18 +94,25 @@ def latest(folder: RunFolder, fingerprint: str) -> State | None:
             code=ExitCode.RESUME_REFUSED,
         )
     parts: dict[str, Tensors] = {
-        name: {} for name in ("model", "first", "second", "history", "chain")
+        name: {} for name in ("model", "first", "second", "history", "policy", "learner", "chain")
     }
     for name, value in flat.items():
         part, _, rest = name.partition(":")
         parts[part][rest] = value
     adapter, residual = split(parts["model"])
     moments = Moments(parts["first"], parts["second"])
-    norm = float(note.get("clip_norm", 0.0))
     size = len(next(iter(adapter.values()))) if parts["chain"] else 0
     chain = read_chain(parts["chain"], size) if size else None
     return State(
-        int(note["round"]), adapter, fingerprint, residual, moments, norm, chain, parts["history"]
+        int(note["round"]),
+        adapter,
+        fingerprint,
+        residual,
+        moments,
+        parts["policy"],
+        chain,
+        parts["history"],
+        parts["learner"],
     )
 
 

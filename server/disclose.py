@@ -16,7 +16,6 @@ from fedtune.config import Config
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.files import write_json
 from fedtune.pool.groups import released
-from fedtune.privacy.clipping import adapter_blocks
 from fedtune.privacy.events import Unit
 from fedtune.privacy.facts import (
     Clip,
@@ -27,8 +26,10 @@ from fedtune.privacy.facts import (
     Omission,
     Ran,
     Sampling,
+    Steering,
     read_facts,
 )
+from fedtune.privacy.forecast_policy import FIXED, begin, outline
 from fedtune.privacy.lattice import grid_of
 from fedtune.privacy.ledger import open_ledger
 from fedtune.privacy.plan import (
@@ -41,12 +42,14 @@ from fedtune.privacy.plan import (
 )
 from fedtune.privacy.report import build, card_lines, summary
 from fedtune.privacy.report_ledger import read_extract
+from fedtune.privacy.rldp.shape import Shape
 from fedtune.privacy.server_view import crossing_of
 from fedtune.privacy.summing import summing
 from fedtune.server.run_folder import RunFolder
+from fedtune.server.seeded import COEFFICIENTS
 from fedtune.server.tuned import Tuned
 
-__all__ = ["Ended", "disclose", "facts_of", "statement_of"]
+__all__ = ["Ended", "disclose", "facts_of", "sizes_of", "statement_of"]
 
 _PACKAGES = ("fedtune", "dp-accounting", "torch", "flwr", "peft", "cryptography")
 _SCHEMES: dict[str, Literal["everyone", "poisson", "truncated-poisson"]] = {
@@ -129,7 +132,7 @@ def _rounds(folder: RunFolder) -> int:
 
 
 def _require_all(config: Config, extract: Mapping[str, Any], rounds: int) -> None:
-    """Refuse a ledger that knows of fewer releases than there were rounds."""
+    """Refuse a ledger that was charged for less than there were rounds."""
     for promise in promises(config):
         charged = sum(
             group["count"]
@@ -138,10 +141,12 @@ def _require_all(config: Config, extract: Mapping[str, Any], rounds: int) -> Non
         )  # fmt: skip
         # With secret cohorts a round may have had no client to charge examples for.
         least = 0 if promise.unit is Unit.EXAMPLE and config.privacy.client else rounds
-        if charged < least * promise.releases:
+        # Behind a filter, and with levels in any order, a round is one charge.
+        each = promise.charge.count
+        if charged < least * each:
             raise FedtuneError(
-                f"the ledger knows of {charged} releases ({promise.unit.value}), "
-                f"{rounds} rounds had at least {least * promise.releases}",
+                f"the ledger knows of {charged} charges ({promise.unit.value}), "
+                f"{rounds} rounds had at least {least * each}",
                 hint="it is not the ledger that this run was charged to; bring that one back",
                 code=ExitCode.LEDGER,
             )
@@ -153,15 +158,11 @@ def _ran(tuned: Tuned, promise: Promise, rounds: int) -> Ran:
     by: Literal["client", "server"] = "client" if promise.unit is Unit.EXAMPLE else "server"
     shared = getattr(settings, "noise_at", "") == "clients"
     scheme = _SCHEMES[settings.sampler]
-    parameters = {name: p.numel() for name, p in trainable(tuned.model).items()}
-    numbers = released(config, sum(parameters.values()), promise.unit)
+    sizes = sizes_of(tuned, promise)
+    shape = begin(promise, sizes).shape()
     # Sums of whole numbers are exact; the bits of the quantile rule are added as floats.
     coefficients = not config.tuning.by_gradient and settings.clip != "quantile"
     whole = promise.unit is Unit.CLIENT or coefficients
-    blocks: dict[str, float] = {}
-    if settings.clip == "per-adapter":
-        layers = adapter_blocks(parameters)
-        blocks = {", ".join(layer): settings.clip_norm / len(layers) ** 0.5 for layer in layers}
     return Ran(
         unit=promise.unit,
         relation=promise.relation,
@@ -174,11 +175,11 @@ def _ran(tuned: Tuned, promise: Promise, rounds: int) -> Ran:
             cap=getattr(settings, "cap", 0) or None, flipped_by=by,
             source=source.name, secure=source.secure,
         ),
-        clip=Clip(rule=settings.clip, norm=settings.clip_norm, blocks=blocks),
+        clip=_clip(promise, sizes, shape),
         noise=Noise(
-            multiplier=mechanism.noise_multiplier, source=source.name, secure=source.secure,
+            multiplier=promise.least_noise, source=source.name, secure=source.secure,
             law=mechanism.law,
-            grid=_grid(tuned, promise) if shared else grid_of(settings.clip_norm, numbers),
+            grid=_grid(tuned, promise) if shared else _finest(shape, sizes),
             margin=0.0 if whole else mechanism.margin,
         ),
         denominator=mechanism.denominator,
@@ -187,6 +188,37 @@ def _ran(tuned: Tuned, promise: Promise, rounds: int) -> Ran:
         delta=promise.delta,
         target_epsilon=settings.epsilon or None,
         units=settings.population,
+    )  # fmt: skip
+
+
+def sizes_of(tuned: Tuned, promise: Promise) -> dict[str, int]:
+    """Return how many numbers each tensor of a release has: parameters, or coefficients."""
+    sizes = {name: p.numel() for name, p in trainable(tuned.model).items()}
+    numbers = released(tuned.config, sum(sizes.values()), promise.unit)
+    return {COEFFICIENTS: numbers} if numbers != sum(sizes.values()) else sizes
+
+
+def _finest(shape: Shape, sizes: Mapping[str, int]) -> float:
+    """Return the smallest grid step of a release's blocks."""
+    return min(
+        grid_of(norm, sum(sizes[name] for name in names))
+        for names, norm in zip(shape.names, shape.norms, strict=True)
+    )
+
+
+def _clip(promise: Promise, sizes: Mapping[str, int], shape: Shape) -> Clip:
+    """Return the clipping rule, and what its policy took of each release for its sensors."""
+    settings = promise.settings
+    pairs = zip(shape.names, shape.norms, strict=True)
+    steering = None
+    if settings.clip not in FIXED:
+        made = outline(promise, sizes)
+        shares = {name: made[name] for name in ("mode", "reward", "bits", "loss", "held_out")}
+        moving = settings.rldp.noise if settings.rldp else "constant"
+        steering = Steering(**shares, noise=moving)
+    return Clip(
+        rule=settings.clip, norm=settings.clip_norm, policy=steering,
+        blocks={", ".join(names): norm for names, norm in pairs} if len(shape.names) > 1 else {},
     )  # fmt: skip
 
 

@@ -9,25 +9,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 
 from fedtune.adapters import Tensors
 from fedtune.config import Config
-from fedtune.privacy.clipping import Quantile
+from fedtune.errors import ExitCode, FedtuneError
 from fedtune.privacy.events import Unit
 from fedtune.privacy.ledger import Account, Claim, Ledger, Reservation, open_ledger
+from fedtune.privacy.mechanism import Block, Mechanism
 from fedtune.privacy.noise import NoiseSource
 from fedtune.privacy.plan import (
-    BITS,
     Promise,
     client_promise,
     dataset_name,
     ledger_place,
     noise_source,
 )
+from fedtune.privacy.rldp.joint import Collected, Seen
+from fedtune.privacy.rldp.levels import noise_book
+from fedtune.privacy.rldp.named import policy_of
+from fedtune.privacy.rldp.policy import Policy, State, Utility
+from fedtune.privacy.rldp.shape import mechanism_blocks
+from fedtune.seeds import derive
 
 __all__ = ["Central", "PrivateSum", "open_central"]
 
@@ -39,56 +45,81 @@ class PrivateSum:
     """The exact sum of one cohort's clipped updates, and the one way out of it.
 
     Sums are whole numbers: the order of arrival changes no bit, and one client
-    moves them by at most the clip norm.
+    moves each block of them by at most its clip norm.
 
     Parameters
     ----------
     promise : Promise
     adapter : Tensors
         Names and shapes of the updates.
-    clip_norm : float
-        Of this round.
+    policy : Policy
+        Says the shape of this round; it has seen the rounds before.
     source : NoiseSource
+    number : int
+        Of the release, from 0.
+    noise_multiplier : float
+        That is charged.
     """
 
     promise: Promise
     adapter: Tensors
-    clip_norm: float
+    policy: Policy
     source: NoiseSource
+    number: int
+    noise_multiplier: float
     count: int = 0
-    _sum: dict[str, NDArray[np.int64]] = field(init=False)
-    _bits: float = 0.0
+    _collected: Collected = field(init=False)
+    _seen: Seen | None = field(init=False, default=None)
+    _mechanism: Mechanism = field(init=False)
+    _blocks: tuple[Block, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._sum = {name: np.zeros(value.shape, np.int64) for name, value in self.adapter.items()}
+        self._mechanism = self.promise.at(self.noise_multiplier)
+        zeros = {name: np.zeros(value.shape, np.int64) for name, value in self.adapter.items()}
+        shape, sensing = self.policy.shape(), self.policy.sensing
+        self._collected = Collected(shape, sensing, zeros)
+        blocks, _ = mechanism_blocks(self._mechanism, shape, sensing)
+        self._blocks = blocks[: len(shape.names)]
 
     def add(self, weight: float, delta: Tensors) -> None:
         """Add one client's update; every client weighs the same, whatever it says."""
         del weight
-        blocks = self.promise.blocks(tuple(self.adapter), self.clip_norm)
-        clipped = self.promise.mechanism.clip_update(delta, blocks[:1])
-        for name, value in clipped.items():
-            self._sum[name] += value
-        squares = (float(np.square(v, dtype=np.float64).sum()) for v in delta.values())
-        self._bits += 0.5 if sum(squares) <= self.clip_norm**2 else -0.5
+        shape = self._collected.shape
+        scaled = delta
+        if shape.scales is not None:
+            scaled = {name: value * shape.scales[name] for name, value in delta.items()}
+        self._collected.add(self._mechanism.clip_update(scaled, self._blocks))
+        squares = [
+            sum(float(np.square(scaled[name], dtype=np.float64).sum()) for name in names)
+            for names in shape.names
+        ]
+        norms = np.sqrt(np.array([squares]))
+        # Of a client that contributes nothing no bit may depend on the other blocks.
+        if not np.isfinite(norms).all():
+            norms[:] = np.nan
+        self._collected.sense(torch.from_numpy(norms))
         self.count += 1
 
-    def release(self) -> tuple[Tensors, float]:
-        """Return the noisy mean over the public cohort size, and the next clip norm.
+    def release(self) -> Tensors:
+        """Return the noisy mean over the public cohort size, and show it to the policy.
 
         Every call draws new noise and is a release of its own.
         """
-        blocks = self.promise.blocks(tuple(self.adapter), self.clip_norm)
-        sums: dict[str, NDArray[np.int64] | NDArray[np.float64]] = dict(self._sum)
-        if len(blocks) > 1:
-            sums[BITS] = np.array([self._bits])
-        found = self.promise.mechanism.release(sums, blocks, self.source)
-        norm = self.clip_norm
-        if BITS in found:
-            settings, expected = self.promise.settings, self.promise.mechanism.denominator
-            rule = Quantile(settings.quantile, settings.quantile_lr)
-            norm = rule.updated(norm, float(found.pop(BITS)[0]) * expected, expected)
-        return found, norm
+        seen = self._collected.release(self._mechanism, self.source, self.number)
+        self.policy.observe(seen)
+        self._seen = seen
+        return dict(seen.means.value)
+
+    def decisions(self) -> list[dict[str, Any]]:
+        """Return the shape of what was released, and what the policy says of it."""
+        if self._seen is None:
+            return []
+        said = self.policy.decisions()
+        row = {
+            "step": self.number, "noise_multiplier": self._mechanism.noise_multiplier,
+            **self._seen.shape.facts(),
+        }  # fmt: skip
+        return [(said[-1] if said else {}) | row]
 
 
 @dataclass(frozen=True)
@@ -99,6 +130,8 @@ class Central:
     ----------
     job : str
         The run; its charges add up over every restart.
+    seed : int
+        Of the clipping policy's own random numbers.
     """
 
     promise: Promise
@@ -106,34 +139,61 @@ class Central:
     account: Account
     job: str
     source: NoiseSource
+    seed: int = 0
 
     def draw(self, members: Sequence[_Member]) -> list[_Member]:
         """Return a round's cohort by secret coins; often another size, sometimes empty."""
         drawn = self.promise.mechanism.draw(len(members), self.source)
         return [members[i] for i in drawn]
 
-    def reserve(self, number: int) -> Reservation:
+    def reserve(self, number: int, summed: PrivateSum) -> Reservation:
         """Charge a round before anybody is asked; durable when it returns.
+
+        Parameters
+        ----------
+        number : int
+        summed : PrivateSum
+            Empty still: its noise is what is charged.
 
         Raises
         ------
         FedtuneError
             ``ExitCode.BUDGET_EXHAUSTED``; nothing was charged then.
         """
-        charge = self.promise.charge
+        charge = self.promise.charge_at(summed.noise_multiplier)
         claim = Claim(
             job=self.job, round=number,
             attempt=self.ledger.next_attempt(self.account, self.job, number),
             event=charge.event, count=charge.count, purpose="train",
-            detail={"clip_norm": self.promise.settings.clip_norm}, limit=self.promise.limit,
+            detail={"clip_norm": self.promise.settings.clip_norm,
+                    "noise_multiplier": summed.noise_multiplier},
+            limit=self.promise.limit,
         )  # fmt: skip
         return self.ledger.reserve(self.account, claim)
 
-    def sum(self, adapter: Tensors, clip_norm: float) -> PrivateSum:
-        """Return an empty sum for one round."""
-        return PrivateSum(
-            self.promise, adapter, clip_norm or self.promise.settings.clip_norm, self.source
-        )
+    def policy(self, adapter: Tensors, state: State, utility: Utility | None) -> Policy:
+        """Return the clipping policy as the round before left it."""
+        sizes = {name: value.size for name, value in adapter.items()}
+        policy = policy_of(self.promise, sizes, self.seed, utility)
+        if state:
+            policy.restore(state)
+        return policy
+
+    def sum(self, adapter: Tensors, policy: Policy, number: int) -> PrivateSum:
+        """Return an empty sum for round ``number``, shaped by the policy.
+
+        Raises
+        ------
+        FedtuneError
+            ``ExitCode.BUDGET_EXHAUSTED``: the noise book has nothing left.
+        """
+        taken = noise_book(self.promise).take(policy.wanted_noise())
+        if taken is None:
+            raise FedtuneError(
+                f"round {number}: no noise multiplier is left to choose",
+                hint="the rounds before are kept", code=ExitCode.BUDGET_EXHAUSTED,
+            )  # fmt: skip
+        return PrivateSum(self.promise, adapter, policy, self.source, number - 1, taken)
 
 
 def open_central(config: Config, job: str) -> Central | None:
@@ -143,4 +203,5 @@ def open_central(config: Config, job: str) -> Central | None:
         return None
     ledger = open_ledger(ledger_place(config))
     account = ledger.account(dataset_name(config), Unit.CLIENT, promise.relation)
-    return Central(promise, ledger, account, job, noise_source(config, "server"))
+    seed = derive(config.seed, "policy", "server")
+    return Central(promise, ledger, account, job, noise_source(config, "server"), seed)

@@ -17,6 +17,8 @@ from fedtune.measure import Counts, add, scores
 from fedtune.privacy.accounting import epsilon_of_rdp, rdp
 from fedtune.privacy.events import Unit
 from fedtune.privacy.plan import Promise, promises
+from fedtune.privacy.rldp.sac import Transition
+from fedtune.privacy.rldp.travel import MADE, cut_off, require_transitions
 from fedtune.resources import memory_mb
 from fedtune.server.aggregate import Cohort, exact_residual
 from fedtune.server.asking import Epochs, Member, ask_members
@@ -24,6 +26,7 @@ from fedtune.server.books import Books
 from fedtune.server.check import problem_of, problem_of_evaluation
 from fedtune.server.checkpoint import State, latest, store
 from fedtune.server.events import ClientDone, Outcome, RoundDone, RoundStarted, Watcher
+from fedtune.server.learner import Learner, open_learner
 from fedtune.server.link import Answer, Link, plain
 from fedtune.server.members import Roll, cohort_of, gather
 from fedtune.server.optimizer import step
@@ -59,6 +62,14 @@ class Round:
     losses: list[tuple[int, float]] = field(default_factory=list)
     histories: list[Tensors] = field(default_factory=list)
     lost: bool = False
+    learner: Learner | None = None
+    made: list[list[Transition]] = field(default_factory=list)
+
+    def decisions(self) -> list[dict[str, Any]]:
+        """Return what the clipping policy of a private sum chose, for the log."""
+        if not isinstance(self.cohort, PrivateSum):
+            return []
+        return self.cohort.decisions()
 
     def problems(self) -> str:
         """Return why clients did not count, each reason once."""
@@ -101,10 +112,13 @@ def run_rounds(
     members = gather(link, tuned, watch, Task(state.round if state else 0, 0, 0, 0.0, {}, job))
     folder.forget_after(state.round if state else -1)
     epochs = Epochs.at(members, state)
+    learner = open_learner(config)
     if state is None:
         state = tuned.start()
         if tuned.weights is not None:
             state = begin(config, tuned.fingerprint, agreed_key(link, config, members, folder))
+        if learner is not None:
+            state = replace(state, learner=learner.start())
         row = {"round": 0, "memory_mb": memory_mb()} | _evaluated(
             link, tuned, state, members, epochs, job
         )
@@ -116,12 +130,13 @@ def run_rounds(
         started = time.monotonic()
         begun = Task(state.round, 0, state.round, 0.0, {}, job)
         members = roll.present(link, tuned, watch, begun, epochs)
-        asking = Asking(job, first, central, epochs, books, secure)
+        asking = Asking(job, first, central, epochs, books, secure, learner)
         state, done = _one_round(link, tuned, state, members, watch, asking)
         row = done.row | _bounds(bounds, state.round, central)
         if _is_due(state.round, config):
             row |= _evaluated(link, tuned, state, members, epochs, job)
         row |= {"seconds": round(time.monotonic() - started, 3), "memory_mb": memory_mb()}
+        folder.decided(state.round, done.decisions())
         _commit(folder, config, state, row, done.clients, watch)
     return state
 
@@ -156,6 +171,7 @@ class Asking:
     epochs: Epochs
     books: Books | None = None
     secure: Secure | None = None
+    learner: Learner | None = None
 
 
 def _one_round(
@@ -168,14 +184,15 @@ def _one_round(
     # released, and who did not answer well adds zero.
     tries = 1 if central else federation.retries + 1
     for attempt in range(asking.first, asking.first + tries):
-        reservation = central.reserve(state.round + 1) if central else None
+        summed = _shaped(tuned, state, central) if central else None
+        reservation = central.reserve(state.round + 1, summed) if central and summed else None
         chosen = (
             central.draw(members) if central
             else list(cohort_of(members, tuned.config, state.round + 1, attempt))
         )  # fmt: skip
         if asking.books:
             asking.books.charge(state.round + 1, attempt, [member.client for member in chosen])
-        done = _attempt(link, tuned, state, chosen, attempt, watch, asking)
+        done = _attempt(link, tuned, state, chosen, attempt, watch, asking, summed)
         needed = 0 if central else max(1, math.ceil(federation.quorum * len(chosen)))
         if done.cohort.count >= needed or done.lost:
             after = _apply(tuned, state, done)
@@ -197,9 +214,16 @@ def _one_round(
     )
 
 
+def _shaped(tuned: Tuned, state: State, central: Central) -> PrivateSum:
+    """Return an empty sum, shaped by what the clipping policy saw of the rounds before."""
+    given = narrow(tuned, state.adapter, state.round + 1)
+    policy = central.policy(given, state.policy, tuned.utility(state))
+    return central.sum(given, policy, state.round + 1)
+
+
 def _attempt(
     link: Link, tuned: Tuned, state: State, chosen: list[Member], attempt: int, watch: Watcher,
-    asking: Asking,
+    asking: Asking, summed: PrivateSum | None,
 ) -> Round:  # fmt: skip
     config, number, central = tuned.config, state.round + 1, asking.central
     lr = learning_rate(config.tuning, number, config.federation.rounds)
@@ -211,10 +235,9 @@ def _attempt(
         return _secured(link, tuned, state, chosen, task, watch, asking, asking.secure)
     sizes, answers = ask_members(link, Update, tuned, state, chosen, task, asking.epochs)
     row = {"round": number, "attempt": attempt, "lr": lr, "bytes_down": sum(sizes.values())}
-    summed = central.sum(narrow(tuned, state.adapter, number), state.clip_norm) if central else None
     vote = vote_of(config.federation.aggregation)
     plain_sum = Ballot(vote) if vote else Cohort(state.adapter, _pairs(tuned))
-    done = Round(summed or plain_sum, row, private=config.privacy.on)
+    done = Round(summed or plain_sum, row, private=config.privacy.on, learner=asking.learner)
     for member, answer in _in_order(chosen, answers):
         outcome, reason = _take(done, answer, task, state, tuned, member.client)
         up = answer.bytes_up if answer else 0
@@ -304,15 +327,24 @@ def _take(
         update = replace(update, tensors={n: update.tensors[n] for n in state.adapter})
         if outside(tuned, state, client, task.round, update.tensors):
             return "dropped", "has coefficients outside the directions of its group"
+    made: list[Transition] = []
+    if done.learner is not None:
+        rest, given = cut_off(MADE, update.tensors)
+        try:
+            made = require_transitions(given, done.learner.most)
+        except FedtuneError as error:
+            return "dropped", plain(str(error))
+        update = replace(update, tensors=rest)
     if reason := problem_of(update, task, state.adapter, private=done.private):
         return "dropped", reason
     weight = update.examples if config.federation.weighting == "examples" else 1
-    given = update.tensors
+    delta = update.tensors
     if isinstance(done.cohort, PrivateSum):
-        given = narrow(tuned, given, task.round)
+        delta = narrow(tuned, delta, task.round)
     if not isinstance(done.cohort, SecureSum):
-        done.cohort.add(float(weight), given)
+        done.cohort.add(float(weight), delta)
     done.histories.append(history)
+    done.made.append(made)
     if not done.private:
         done.losses.append((weight, update.loss))
     return "ok", ""
@@ -329,12 +361,12 @@ def _facts(answer: Answer[Update] | None) -> dict[str, Any]:
 def _apply(tuned: Tuned, state: State, done: Round) -> State:
     """Turn the cohort's mean into the next state, and note how exact it is."""
     settings = tuned.config.federation
-    norm = state.clip_norm
+    policy = state.policy
     if isinstance(done.cohort, SecureSum):
-        mean, _ = done.cohort.release()
+        mean = done.cohort.release()
     elif isinstance(done.cohort, PrivateSum):
-        mean, norm = done.cohort.release()
-        mean = widen(tuned, mean, state.round + 1)
+        mean = widen(tuned, done.cohort.release(), state.round + 1)
+        policy = done.cohort.policy.state()
     else:
         mean = done.cohort.mean()
     adapter, moments = step(settings.server_optimizer, state.adapter, mean, state.moments)
@@ -348,6 +380,7 @@ def _apply(tuned: Tuned, state: State, done: Round) -> State:
     # Of single updates, so under client-level privacy nobody may know it.
     if _pairs(tuned) and isinstance(done.cohort, Cohort):
         done.row["aggregation_error"] = done.cohort.relative_error(averaged)
+    learner = done.learner.learn(state.learner, done.made) if done.learner else state.learner
     residual = state.residual
     if settings.aggregation == "fedex" and isinstance(done.cohort, Cohort):
         missing = done.cohort.missing(averaged)
@@ -355,7 +388,7 @@ def _apply(tuned: Tuned, state: State, done: Round) -> State:
         done.row["residual_lost"] = lost
     after = replace(
         state, round=state.round + 1, adapter=adapter, residual=residual, moments=moments,
-        clip_norm=norm, history=add_histories(state.history, done.histories),
+        policy=policy, learner=learner, history=add_histories(state.history, done.histories),
     )  # fmt: skip
     return advance(tuned.config, state, after) if tuned.weights is not None else after
 
@@ -377,10 +410,13 @@ def _bounds(bounds: tuple[Promise, ...], number: int, central: Central | None) -
     """
     found = {}
     for promise in bounds:
-        count = promise.releases * number
+        charge = promise.charge
+        groups = {charge.event: charge.count * number}
         if central is not None and promise.unit is Unit.CLIENT:
-            count = sum(central.ledger.groups(central.account, central.job).values())
-        cost = count * rdp(promise.mechanism.event, promise.relation)
+            groups = central.ledger.groups(central.account, central.job)
+        # Not 0.0 times it: where an order has no bound that is not a number.
+        none = np.zeros_like(rdp(promise.mechanism.event, promise.relation))
+        cost = sum((n * rdp(event, promise.relation) for event, n in groups.items()), start=none)
         found[f"epsilon_{promise.unit.value}"] = epsilon_of_rdp(cost, promise.delta)[0]
     return found
 

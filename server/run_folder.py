@@ -47,6 +47,10 @@ _STOP = "stop"
 _PACKAGES = ("fedtune", "flwr", "torch", "transformers", "peft", "numpy", "safetensors")
 
 
+DECISIONS = "decisions.jsonl"
+"""What a clipping policy chose: the server's in the run's folder, a client's in its own."""
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Paths and records of one run."""
@@ -160,12 +164,34 @@ class RunFolder:
         with storage(self.path / "metrics.csv"), (self.path / "metrics.csv").open("a") as file:
             file.write(_csv_row(row))
 
+    def decided(self, number: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Record what the server's clipping policy chose for a round, if there is any."""
+        if lines := _lines({"round": number, **row} for row in rows):
+            append(self.path / DECISIONS, lines)
+
+    def decisions(self) -> dict[str, list[dict[str, Any]]]:
+        """Read what clipping policies chose, by client; under ``""`` the server's own.
+
+        A round that was tried again is there once, as it was last.
+        """
+        found = {"": _read_lines(self.path / DECISIONS)}
+        for path in sorted((self.path / "clients").glob(f"*/{DECISIONS}")):
+            found[path.parent.name] = _read_lines(path)
+        once = {
+            name: {row["step"]: row for row in rows if isinstance(row.get("step"), int)}
+            for name, rows in found.items()
+        }
+        return {name: [rows[step] for step in sorted(rows)] for name, rows in once.items() if rows}
+
     def forget_after(self, last: int) -> None:
         """Drop records of rounds after ``last``: their checkpoint never came to be."""
         kept = [row for row in self.metrics() if row["round"] <= last]
         clients = [r for r in self.client_rows() if r["round"] <= last]
         write_atomic(self.path / "metrics.jsonl", _lines(kept))
         write_atomic(self.path / "clients.jsonl", _lines(clients))
+        if (self.path / DECISIONS).exists():
+            decided = [r for r in _read_lines(self.path / DECISIONS) if r["round"] <= last]
+            write_atomic(self.path / DECISIONS, _lines(decided))
         table = _csv_row(dict(zip(METRICS, METRICS, strict=True))) + "".join(map(_csv_row, kept))
         write_atomic(self.path / "metrics.csv", table.encode())
 

@@ -72,19 +72,16 @@ class SecureSum:
         In the unit of updates; zeros where nothing came out.
     denominator : float or None
         Public constant under a promise; None: the number of survivors.
-    clip_norm : float
     """
 
     total: Mapping[str, NDArray[Any]]
     denominator: float | None
-    clip_norm: float
     count: int = 0
 
-    def release(self) -> tuple[Tensors, float]:
-        """Return the mean, float32, and the clip norm, which stays."""
+    def release(self) -> Tensors:
+        """Return the mean, float32."""
         by = self.denominator or max(1, self.count)
-        mean = {name: (value / by).astype(np.float32) for name, value in self.total.items()}
-        return mean, self.clip_norm
+        return {name: (value / by).astype(np.float32) for name, value in self.total.items()}
 
 
 @dataclass
@@ -155,7 +152,7 @@ class Secure:
             promise = client_promise(tuned.config)
             by = promise.mechanism.denominator if promise else None
             told = {one.client: Told("ok", "", 0, 0) for one in chosen}
-            return SecureSum(kept[0], by, 0.0, kept[1]), told
+            return SecureSum(kept[0], by, kept[1]), told
         found, told = secure_attempt(link, tuned, state, chosen, task, epochs, self.identities)
         if found.count:
             head = np.array([task.round, found.count], np.int64)
@@ -248,9 +245,8 @@ def secure_attempt(
             attempt.told[name] = Told("ok", "", attempt.up.get(name, 0), attempt.down.get(name, 0))
         attempt.out(name, "late", "left before the sum")
     promise = client_promise(config)
-    clip = promise.settings.clip_norm if promise else settings.clip_norm
     by = promise.mechanism.denominator if promise else None
-    return SecureSum(total, by, clip, count), attempt.told
+    return SecureSum(total, by, count), attempt.told
 
 
 def _through(

@@ -1,7 +1,7 @@
 """What a run has spent of its promises until now: the run's own bound, and never too small.
 
-The ledger says how often was released, reserved rounds with it. The exact accountant
-takes about a second, so it is asked for some twenty numbers of releases in a run and
+The ledger says how often was charged, reserved rounds with it. The exact accountant
+takes about a second, so it is asked for some twenty numbers of charges in a run and
 for the next one up in between, where Renyi's bound is taken if that is smaller.
 """
 
@@ -15,13 +15,16 @@ from typing import Any
 from fedtune.config import Config
 from fedtune.errors import FedtuneError
 from fedtune.privacy.accounting import epsilon_of_rdp, rdp, spent
-from fedtune.privacy.events import Charge, Unit
+from fedtune.privacy.events import Charge, Event, Unit
 from fedtune.privacy.ledger import Ledger, open_ledger
 from fedtune.privacy.plan import Promise, dataset_name, ledger_place, promises
+from fedtune.privacy.policy import quick
 from fedtune.server.run_folder import RunFolder
 from fedtune.server.status_words import relation_words
 
 __all__ = ["BudgetView", "Known", "budgets_of"]
+
+Groups = Mapping[Event, int]
 
 _STOPS = 20
 _PAUSE = 2.0
@@ -55,12 +58,12 @@ class BudgetView:
 
 @dataclass
 class Known:
-    """What was computed or opened already for one run; costs are kept by number of releases."""
+    """What was computed or opened already for one run; costs are kept by number of charges."""
 
     promises: tuple[Promise, ...] | None = None
     costs: dict[tuple[Unit, int], float] = field(default_factory=dict)
     ledgers: dict[str, Ledger] = field(default_factory=dict)
-    counts: dict[Unit, tuple[object, int | None]] = field(default_factory=dict)
+    groups: dict[Unit, tuple[object, Groups | None]] = field(default_factory=dict)
 
 
 def budgets_of(
@@ -97,10 +100,11 @@ def _view(
     promise: Promise, folder: RunFolder, config: Config, facts: Mapping[str, Any], mark: object,
     reached: int, known: Known,
 ) -> BudgetView:  # fmt: skip
-    if known.counts.get(promise.unit, (None, None))[0] != mark:
-        known.counts[promise.unit] = (mark, _charged(promise, folder, config, facts, known))
-    charged = known.counts[promise.unit][1]
-    releases = promise.releases * reached if charged is None else charged
+    if known.groups.get(promise.unit, (None, None))[0] != mark:
+        known.groups[promise.unit] = (mark, _charged(promise, folder, config, facts, known))
+    charged = known.groups[promise.unit][1]
+    each = promise.charge
+    groups = {each.event: each.count * reached} if charged is None else charged
     whole = charged is not None
     if promise.unit is Unit.CLIENT:
         whose = "All that one node contributed"
@@ -110,15 +114,15 @@ def _view(
     if not whole:
         words += " The rounds that count, without attempts that failed."
     return BudgetView(
-        promise.unit.value, _cost(promise, releases, known), promise.settings.epsilon or None,
+        promise.unit.value, _cost(promise, groups, known), promise.settings.epsilon or None,
         promise.delta, promise.relation.value, words,
     )  # fmt: skip
 
 
 def _charged(
     promise: Promise, folder: RunFolder, config: Config, facts: Mapping[str, Any], known: Known
-) -> int | None:
-    """Return how many releases the ledger counts for this run; of the worst client's account.
+) -> Groups | None:
+    """Return what the ledger was charged for this run; of the worst client's account.
 
     Under client-level privacy how often somebody was asked depends on secret coins: then the
     ledgers of examples are not looked at.
@@ -139,24 +143,28 @@ def _charged(
             if account.unit is promise.unit and account.relation is promise.relation
             and (account.dataset == name or (example and account.dataset.startswith(f"{name}/")))
         ]  # fmt: skip
-        return max((sum(ledger.groups(one, str(job)).values()) for one in ours), default=None)
+        found = [ledger.groups(one, str(job)) for one in ours]
+        return max(found, key=lambda groups: sum(groups.values()), default=None)
     except FedtuneError:
         return None
 
 
-def _cost(promise: Promise, releases: int, known: Known) -> float:
-    if releases == 0:
+def _cost(promise: Promise, groups: Groups, known: Known) -> float:
+    charges, each = sum(groups.values()), promise.charge
+    if charges == 0:
         return 0.0
-    planned = promise.releases * promise.rounds
-    step = promise.releases * max(1, math.ceil(promise.rounds / _STOPS))
-    stop = math.ceil(releases / step) * step
-    if releases <= planned:
+    relation, delta = promise.relation, promise.delta
+    if set(groups) != {each.event}:  # noise that was chosen on the way: without tables
+        return quick(groups, delta, relation)
+    planned = each.count * promise.rounds
+    step = each.count * max(1, math.ceil(promise.rounds / _STOPS))
+    stop = math.ceil(charges / step) * step
+    if charges <= planned:
         stop = min(stop, planned)
-    event, relation = promise.mechanism.event, promise.relation
-    renyi = float(epsilon_of_rdp(releases * rdp(event, relation), promise.delta)[0])
+    renyi = float(epsilon_of_rdp(charges * rdp(each.event, relation), delta)[0])
     if (promise.unit, stop) not in known.costs:
         try:
-            exact = spent([Charge(event, stop)], promise.delta, relation).epsilon
+            exact = spent([Charge(each.event, stop)], delta, relation).epsilon
         except FedtuneError:
             exact = math.inf
         known.costs[promise.unit, stop] = exact

@@ -15,6 +15,9 @@ from fedtune.measure import Counts, measure
 from fedtune.models import Base, fingerprint, load_base, require_context
 from fedtune.pool.groups import Groups, groups_of
 from fedtune.pool.weights import PoolWeights
+from fedtune.privacy.rldp.policy import Utility
+from fedtune.privacy.rldp.public import encode_public, utility_of
+from fedtune.privacy.rldp.sight import Public
 from fedtune.residual import set_residual
 from fedtune.server.checkpoint import State
 from fedtune.split.blocks import cut_of
@@ -37,6 +40,8 @@ class Tuned:
         Where only coefficients of a seed pool travel.
     groups : Groups or None
         Which of them, where clients share directions.
+    public : Encoded or None
+        Public text that a clipping policy at the server is rewarded by.
     """
 
     config: Config
@@ -48,6 +53,7 @@ class Tuned:
     held_out: Encoded | None
     weights: PoolWeights | None = None
     groups: Groups | None = None
+    public: Encoded | None = None
 
     def start(self) -> State:
         """Return the state before the first round: a fresh adapter."""
@@ -71,6 +77,18 @@ class Tuned:
             batch_size=self.config.evaluation.batch_size, pad_id=self.base.pad_id,
             labels=len(self.labels),
         )  # fmt: skip
+
+    def utility(self, state: State) -> Utility | None:
+        """Return what measures a state on public text, for a clipping policy that asks."""
+        if self.public is None:
+            return None
+        measured = utility_of(self.config, self.base, self.public, self.model)
+
+        def utility() -> Public[float]:
+            self.put(state)
+            return measured()
+
+        return utility
 
 
 def load_tuned(config: Config, labels: tuple[str, ...]) -> Tuned:
@@ -97,4 +115,8 @@ def load_tuned(config: Config, labels: tuple[str, ...]) -> Tuned:
     weights = None
     if config.tuning.seeded:
         weights = PoolWeights(model, config.tuning, config.engine.threads)
-    return Tuned(config, base, model, found, products, labels, held_out, weights, groups_of(config))
+    rldp = config.privacy.client.rldp if config.privacy.client else None
+    return Tuned(
+        config, base, model, found, products, labels, held_out, weights, groups_of(config),
+        encode_public(config, rldp, base, labels),
+    )  # fmt: skip

@@ -26,6 +26,7 @@ from fedtune.privacy.forecast import lines as private_lines
 from fedtune.privacy.plan import promises, resolve
 from fedtune.privacy.schedule import schedule_of
 from fedtune.server.asking import Member
+from fedtune.server.disclose import sizes_of
 from fedtune.server.members import cohort_of
 from fedtune.server.seeded import COEFFICIENTS, advance, begin, tensors_for
 from fedtune.server.tuned import Tuned, load_tuned
@@ -100,6 +101,7 @@ def plan(config: Config) -> dict[str, Any]:
                 released(config, trained, one.unit),
                 size if one.unit is Unit.EXAMPLE else 1,
                 schedule_of(config, one),
+                sizes_of(tuned, one),
             )
             for one in promised
         ],

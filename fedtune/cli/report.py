@@ -67,6 +67,7 @@ def make(out: Out, run: Path, form: Format, key: Path | None, out_file: Path | N
     from fedtune.privacy.report_render import as_json, sealed
     from fedtune.privacy.signing import fingerprint, read_signer
     from fedtune.privacy.statement import read_extract, read_facts
+    from fedtune.server.run_folder import RunFolder
 
     if form == "pdf" and out_file == Path("-"):
         raise FedtuneError("a PDF is not for a screen", hint="name a file", code=ExitCode.USAGE)
@@ -74,7 +75,7 @@ def make(out: Out, run: Path, form: Format, key: Path | None, out_file: Path | N
     signer = read_signer(key, out.say)
     out.say("accounting for every release ...")
     extract, live = _newest(out, facts, read_extract(run / "ledger.json"))
-    made = build(facts, extract, live=live)
+    made = build(facts, extract, live=live, decisions=RunFolder(run).decisions())
     envelope = sealed(made, signer)
     data = _formats(signer)[form](envelope)
     if out_file == Path("-"):

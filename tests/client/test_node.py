@@ -609,7 +609,7 @@ def test_v40_a_training_that_breaks_says_its_kind_and_no_more(
 ) -> None:
     """Whatever raises inside of training, with words about rows in it."""
     here.policies["ann"] = BARE
-    from fedtune.client import worker
+    from fedtune.client import private_round, worker
 
     def broken(*_args: Any, **_named: Any) -> None:
         raise ValueError(f"cannot tune on '{SECRET}' in {here.folder}/ann.jsonl")
@@ -620,7 +620,7 @@ def test_v40_a_training_that_breaks_says_its_kind_and_no_more(
         assert here.agree(config, job) == ""
         with monkeypatch.context() as patch:
             patch.setattr(worker, "tune", broken)
-            patch.setattr(worker, "tune_privately", broken)
+            patch.setattr(private_round, "tune_privately", broken)
             words = words_of(here.send("train", task(config, job=job)))
         assert words
         assert SECRET not in words

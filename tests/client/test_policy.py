@@ -120,6 +120,7 @@ BROKEN = {
     "hours": ('hours = ["25:00-07:00"]', "HH:MM-HH:MM"),
     "cohort": ("min_cohort = 0", "min_cohort"),
     "place": ('[data]\nsource = "/etc/passwd"', "unknown key 'source'"),
+    "public text that is no file": ("[data]\npublic = 3", "public is the name of a file"),
     "no table": ("max_epsilon", "cannot be read"),
 }
 

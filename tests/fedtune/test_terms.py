@@ -14,7 +14,7 @@ from fedtune.config import Config
 from fedtune.configfile import load
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.privacy.plan import promises
-from fedtune.terms import MOST_BYTES, Own, accept, check_length, digest_of, propose
+from fedtune.terms import MOST_BYTES, Own, accept, check_length, digest_of, leaving, propose
 from tests.client.node_kit import CLIENTS, EXAMPLE, changed, experiment, told
 
 OWN = Own(
@@ -144,6 +144,67 @@ def test_a_model_that_is_not_embedded_is_the_owners_folder(tmp_path: Path) -> No
         assert accept(changed(TERMS, "model.base", base), own).model.base == str(tmp_path)
     with pytest.raises(FedtuneError, match="no model folder"):
         accept(asked, Own(**{**vars(OWN), "model": str(tmp_path / "nowhere")}))
+
+
+def rewarded(public: str) -> Config:
+    told = {"mode": "online", "reward": "public", "public": public}
+    return experiment(privacy__example=EXAMPLE | {"clip": "rldp", "rldp": told})
+
+
+def test_public_text_of_a_reward_is_the_owners_copy(tmp_path: Path) -> None:
+    asked = propose(rewarded("/srv/secret-place/public.jsonl"))
+    assert "/srv" not in asked
+    with pytest.raises(FedtuneError, match="there is none here") as caught:
+        accept(asked, OWN)
+    assert "[data] public" in caught.value.hint
+    own = Own(**{**vars(OWN), "data": {"text": "note", "public": str(tmp_path / "p.jsonl")}})
+    for place in ("/etc/passwd", "../../x", "fedtune:stdlib", ["/etc"], 7):
+        terms = changed(json.loads(asked), "privacy.example.rldp.public", place)
+        found = accept(terms, own)
+        example = found.privacy.example
+        assert example is not None
+        assert example.rldp is not None
+        assert example.rldp.public == str(tmp_path / "p.jsonl")
+        assert found.data.text == "note"
+
+
+def test_public_text_that_is_the_private_text_is_refused() -> None:
+    own = Own(**{**vars(OWN), "data": {"public": "/data/ann/../ann/notes.jsonl"}})
+    with pytest.raises(FedtuneError, match="is the private text itself") as caught:
+        accept(propose(rewarded("/srv/public.jsonl")), own)
+    assert caught.value.code == ExitCode.PRIVACY
+
+
+@pytest.mark.parametrize("place", ["/etc/passwd", ["/etc"], 7])
+def test_without_a_copy_no_place_of_a_server_is_opened(place: Any) -> None:
+    asked = changed(told(rewarded("x.jsonl")), "privacy.example.rldp.public", place)
+    with pytest.raises(FedtuneError, match="there is none here"):
+        accept(asked, OWN)
+
+
+def test_public_text_of_a_policy_at_the_server_stays_there() -> None:
+    asked = experiment(
+        privacy__example=None,
+        privacy__client=CLIENTS | {
+            "noise_at": "server", "clip": "rldp",
+            "rldp": {"mode": "online", "reward": "public", "public": "/srv/public.jsonl"},
+        },
+    )  # fmt: skip
+    assert "/srv" not in propose(asked)
+    terms = changed(told(asked), "privacy.client.rldp.public", "/etc/passwd")
+    client = accept(terms, OWN).privacy.client
+    assert client is not None
+    assert client.rldp is not None
+    assert not client.rldp.public.startswith("/")
+    assert (client.rldp.reward, client.rldp.mode) == ("public", "online")
+
+
+def test_terms_say_that_transitions_leave() -> None:
+    for mode, words in (("federated", 1), ("online", 0), ("meta", 0)):
+        asked = experiment(privacy__example=EXAMPLE | {"clip": "rldp", "rldp": {"mode": mode}})
+        found = accept(propose(asked), OWN)
+        assert len(leaving(found)) == words
+        assert found.privacy.example == asked.privacy.example
 
 
 @settings(deadline=None, derandomize=True, database=None)

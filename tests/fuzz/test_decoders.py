@@ -27,10 +27,15 @@ from google.protobuf.message import DecodeError
 from fedtune import wire
 from fedtune.client.fleet_objects import inflate, plan
 from fedtune.client.policy import judge, read_policy
+from fedtune.config_privacy import RldpConfig
 from fedtune.errors import FedtuneError
 from fedtune.keys.authority import make_authority
 from fedtune.keys.node import line_of, new_identity, parse_line, public_of
 from fedtune.keys.roster import decode, enrol
+from fedtune.privacy.rldp.controller import ACTIONS, STATES, settings_of
+from fedtune.privacy.rldp.sac import Sac
+from fedtune.privacy.rldp.transitions import packed
+from fedtune.privacy.rldp.travel import actor_of, require_actor, require_transitions
 from fedtune.privacy.summing import summing
 from fedtune.server.event_log import EVENTS
 from fedtune.server.run_folder import create
@@ -447,6 +452,59 @@ def test_any_frames_are_read_or_refused() -> None:
         text = bent(rng, spans)
         tried(lambda: rows_from(pb.Rows.FromString(text), 512), len(text), errors)  # noqa: B023
     assert refused > INPUTS // 2
+
+
+# What a shared clipping policy is told, and tells
+
+
+def _spoilt(rng: random.Random, good: Mapping[str, Any]) -> dict[str, Any]:
+    """Change one array or one name: another size, type or number."""
+    found: dict[str, Any] = {name: value.copy() for name, value in good.items()}
+    name = rng.choice(list(found))
+    value = found[name]
+    match rng.randint(0, 5):
+        case 0:
+            odd = [np.nan, np.inf, 1e30, -3.0, 0.0] if value.dtype.kind == "f" else [-1, 0, 2**62]
+            value.flat[rng.randrange(value.size)] = rng.choice(odd)
+        case 1:
+            found[name] = value.astype(rng.choice(["f8", "f2", "i4", "u1", "?", "i8", "f4"]))
+        case 2:
+            found[name] = np.resize(
+                value, tuple(rng.choices([0, 1, 2, 9, 30], k=rng.randint(0, 3)))
+            )
+        case 3:
+            found[rng.choice(["", "policy/", "state", "actor.9", "é"])] = found.pop(name)
+        case 4:
+            found["more"] = np.zeros(rng.choice([0, 1, 5000]), "f4")
+        case _:
+            found = {one: np.repeat(rows, 5, axis=0) for one, rows in found.items()}
+    return found
+
+
+def test_any_policy_or_transitions_are_taken_or_refused() -> None:
+    rng, settings = seed("shared policy"), RldpConfig(mode="federated")
+    actor = actor_of(Sac(STATES, ACTIONS, settings_of(settings), 1).actor_state())
+    made = {name: np.zeros((2, *value.shape[1:]), "f4") for name, value in packed([]).items()}
+    taken = refused = 0
+    for number in range(INPUTS):
+        good, require = (
+            (actor, lambda found: require_actor(found, settings)) if number % 2
+            else (made, lambda found: require_transitions(found, 4))
+        )  # fmt: skip
+        blob = wire.pack_tensors(_spoilt(rng, good))
+        if rng.random() < 0.3:
+            blob = bent(rng, blob)
+        found = tried(lambda: require(wire.unpack_tensors(blob)), len(blob))  # noqa: B023 - at once
+        if isinstance(found, FedtuneError):
+            refused += 1
+        else:
+            taken += 1
+            for one in found or ():
+                numbers = (*one.state, *one.action, one.reward, *one.next_state)
+                assert len(numbers) == 2 * STATES + ACTIONS + 1
+                assert all(-1.0 <= value <= 1.0 for value in numbers)
+    assert refused > INPUTS // 2
+    assert taken > 0
 
 
 # What is added

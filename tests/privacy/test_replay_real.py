@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedtune.adapters import attach, read, trainable
-from fedtune.client import private
-from fedtune.client.private import tune_privately
+from fedtune.client.private_steps import tune_privately
 from fedtune.config import Config
 from fedtune.data import Encoded
 from fedtune.models import fingerprint, load_base
@@ -23,6 +22,8 @@ from fedtune.privacy.per_example import PerExample
 from fedtune.privacy.plan import client_promise, example_promise
 from fedtune.privacy.replay import Stage, record, replay
 from fedtune.privacy.replay_checks import audit, extremes, neighbours
+from fedtune.privacy.rldp.named import policy_of
+from fedtune.privacy.rldp.shape import Shape
 from fedtune.server.private import PrivateSum
 from tests.tiny import llama, settings
 
@@ -74,23 +75,33 @@ def _client(stage: Stage, rows: list[Tokens], config: Config, spoil: bool = Fals
         with torch.no_grad():
             for parameter in trainable(model).values():
                 parameter *= 1e18
-    clip = tune_privately(
+    sizes = {name: parameter.numel() for name, parameter in trainable(model).items()}
+    policy = policy_of(promise, sizes, seed=5)
+    log = tune_privately(
         model, PerExample(model), _encoded(rows), config, watched, optim, SecureNoise(),
-        clip_norm=0.1, pad_id=0,
+        policy=policy, pad_id=0,
     )  # fmt: skip
     stage.emit("update", read(model))
-    stage.emit("clip", clip)
+    stage.emit("policy", policy.state())
+    stage.emit("decisions", log)
 
 
-@pytest.mark.parametrize("clip", ["per-adapter", "quantile"])
-def test_v40_a_client_keeps_its_promise_under_replay(clip: str, base: Path) -> None:
-    config = _config(base, example=EXAMPLE | {"clip": clip, "noise_multiplier": 0.8})
+RLDP = {"clip": "rldp", "rldp": {"mode": "online", "interval": 1, "warmup": 0.2}}
+
+
+@pytest.mark.parametrize(
+    "clip", [{"clip": "per-adapter"}, {"clip": "quantile"}, RLDP],
+    ids=["per-adapter", "quantile", "rldp"],
+)  # fmt: skip
+def test_v40_a_client_keeps_its_promise_under_replay(clip: dict[str, Any], base: Path) -> None:
+    example = EXAMPLE | {"noise_multiplier": 0.8, "clip_norm": 0.1} | clip
+    config = _config(base, example=example)
     run = partial(_client, config=config)
     assert audit(run, neighbours(_people(0), ODD)[:5]) == []
 
 
 def test_v01_a_client_whose_gradients_overflow_keeps_its_promise(base: Path) -> None:
-    config = _config(base, example=EXAMPLE | {"noise_multiplier": 0.8})
+    config = _config(base, example=EXAMPLE | {"noise_multiplier": 0.8, "clip_norm": 0.1})
     run = partial(_client, config=config, spoil=True)
     assert audit(run, neighbours(_people(1), {"longest": ODD["longest"]})) == []
 
@@ -98,8 +109,9 @@ def test_v01_a_client_whose_gradients_overflow_keeps_its_promise(base: Path) -> 
 def test_the_harness_sees_a_client_that_clips_at_twice_the_norm(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(private, "rule_of", lambda p, names, norm: Automatic(2 * norm))
-    config = _config(base, example=EXAMPLE | {"clip": "automatic", "noise_multiplier": 0.8})
+    monkeypatch.setattr(Shape, "rule", property(lambda shape: Automatic(2 * shape.norms[0])))
+    example = EXAMPLE | {"clip": "automatic", "noise_multiplier": 0.8, "clip_norm": 0.1}
+    config = _config(base, example=example)
     found = audit(partial(_client, config=config), neighbours(_people(0), ODD)[:3])
     assert {finding.check for finding in found} == {"sensitivity"}
 
@@ -108,21 +120,21 @@ def _server(stage: Stage, updates: list[NDArray[np.float32]], config: Config) ->
     promise = client_promise(config)
     assert promise is not None
     watched = replace(promise, mechanism=stage.watch(promise.mechanism))
-    norm = 0.5
-    for _ in range(STEPS):
+    policy = policy_of(promise, {"a": 40, "b": 8}, seed=5)
+    for number in range(STEPS):
         adapter = {"a": np.zeros((5, 8), np.float32), "b": np.zeros(8, np.float32)}
-        total = PrivateSum(watched, adapter, norm, SecureNoise())
+        total = PrivateSum(watched, adapter, policy, SecureNoise(), number, 1.0)
         for i in watched.mechanism.draw(len(updates), SecureNoise()):
             update = {"a": updates[i][:40].reshape(5, 8), "b": updates[i][40:]}
             total.add(float(i + 1), update)
-        released, norm = total.release()
-        stage.emit("model", released)
-        stage.emit("clip norm", norm)
+        stage.emit("model", total.release())
+        stage.emit("policy", policy.state())
+        stage.emit("decisions", total.decisions())
 
 
-@pytest.mark.parametrize("clip", ["flat", "quantile"])
+@pytest.mark.parametrize("clip", ["flat", "quantile", "quantile-per-adapter"])
 def test_v25_v26_a_server_keeps_its_promise_under_replay(clip: str, base: Path) -> None:
-    settings = {"relation": "add-or-remove-one", "population": 60, "delta": 1e-3}
+    settings = {"relation": "add-or-remove-one", "population": 60, "delta": 1e-3, "clip_norm": 0.5}
     config = _config(base, client=settings | {"clip": clip, "noise_multiplier": 1.0})
     rng = np.random.default_rng(5)
     updates = [rng.normal(size=48).astype(np.float32) for _ in range(60)]
@@ -132,7 +144,7 @@ def test_v25_v26_a_server_keeps_its_promise_under_replay(clip: str, base: Path) 
 
 def test_rounding_of_the_batch_stays_far_below_the_margin(base: Path) -> None:
     """One row more that adds nothing still moves the others' float32 gradients a little."""
-    config = _config(base, example=EXAMPLE | {"noise_multiplier": 0.8})
+    config = _config(base, example=EXAMPLE | {"noise_multiplier": 0.8, "clip_norm": 0.1})
     promise = example_promise(config)
     assert promise is not None
     rows, worst = _people(2), 0.0

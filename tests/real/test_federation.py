@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedtune.files import read_tensors
 from fedtune.privacy.events import Relation, Unit
 from fedtune.privacy.ledger import open_ledger
 from tests.real.kit import Federation, federation
@@ -22,6 +23,16 @@ population = 20
 delta = 1e-3
 noise_multiplier = 1.0
 """
+
+FOR_ALL = (
+    PRIVATE
+    + """clip = "rldp"
+[privacy.example.rldp]
+mode = "federated"
+interval = 1
+warmup = 0.0
+"""
+)
 
 UNIFORM = 'weighting = "uniform"\n'
 SECURE = UNIFORM + "[federation.secure]\nclip_norm = 5.0\n"
@@ -79,6 +90,30 @@ def test_a_private_run_over_tls_is_the_simulated_one_bit_for_bit(tmp_path: Path)
             assert account is not None
             assert sum(ledger.groups(account).values()) == 4
             assert (account.epsilon, account.delta) == (50.0, 1e-3)
+
+
+@pytest.mark.slow
+def test_one_clipping_policy_for_all_over_tls_is_the_simulated_one(tmp_path: Path) -> None:
+    with federation(tmp_path, rounds=3, more=FOR_ALL, settings=UNIFORM) as made:
+        made.file.write_text(made.file.read_text().replace("steps = 2", "steps = 4"))
+        run_to_end(made, 480)
+        alone = simulated(made, "-s", f'privacy.ledger="{tmp_path}/simulated.db"')
+        assert same(made.adapter(), made.adapter(alone))
+        kept, other = (
+            read_tensors(max((run / "checkpoints").glob("*.safetensors")))[0]
+            for run in (made.run(), alone)
+        )
+        assert int(kept["learner:steps"][0]) > 0
+        assert same(kept, other)
+        chosen = sorted(
+            next(tmp_path.glob(f"{name}.node/runs/*/000000/decisions.jsonl")).read_text()
+            for name in made.names
+        )
+        assert chosen == sorted(
+            file.read_text() for file in (alone / "clients").glob("*/decisions.jsonl")
+        )
+        assert all(text.count('"action"') >= 3 * 4 - 1 for text in chosen)
+        assert "round 3: an update, 89 tensors" in made.sent("ward-1")[-1]["what"]
 
 
 @pytest.mark.slow

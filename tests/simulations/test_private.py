@@ -102,15 +102,23 @@ def test_every_clipping_rule_runs_and_costs_the_same(
     ledger = open_ledger(ledger_place(config))
     account = ledger.account("stories/owner-0", Unit.EXAMPLE, ADD)
     assert ledger.groups(account) == {PoissonGaussian(4 / 12, 1.0): 4}
-    saved = sorted(p.name for p in (folder.clients / "000000").glob("clip-*.json"))
-    assert bool(saved) == (clip == "quantile")
+    norms = [row["norms"] for row in folder.decisions()["000000"]]
+    assert len(norms) == 4
+    assert any(one != norms[0] for one in norms) == (clip == "quantile")
+    home = folder.clients / "000000"
+    left, _ = read_tensors(max(home.glob("policy-*.safetensors")))
+    assert bool(left) == (clip == "quantile")
 
 
 def test_the_quantile_rule_moves_the_norm_of_client_updates(shared: Path, tmp_path: Path) -> None:
     settings = CLIENT | {"clip": "quantile", "clip_norm": 0.05, "noise_multiplier": 0.3}
     folder = run_here(client_run(tmp_path, shared, privacy__client=settings, federation__rounds=3))
-    _, note = read_tensors(max(folder.checkpoints.glob("*.safetensors")))
-    assert float(note["clip_norm"]) != 0.05
+    state, _ = read_tensors(max(folder.checkpoints.glob("*.safetensors")))
+    told = [row["norms"] for row in folder.decisions()[""]]
+    assert told[0] == [0.05]
+    assert len({norm for (norm,) in told}) == 3
+    (norm,) = (value for name, value in state.items() if name.startswith("policy:"))
+    assert float(norm.reshape(())) not in {norm for (norm,) in told}
 
 
 def test_v14_a_cohort_of_nobody_is_a_round_of_pure_noise(shared: Path, tmp_path: Path) -> None:
@@ -215,11 +223,12 @@ def test_v26_who_does_not_answer_changes_neither_noise_nor_denominator(
     assert keeper is not None
     adapter = {"w": np.zeros(3, np.float32)}
     update = {"w": np.array([0.3, 0.0, 0.0], np.float32)}
-    quiet = [keeper.sum(adapter, 0.0) for _ in range(2)]
+    policy = keeper.policy(adapter, {}, None)
+    quiet = [keeper.sum(adapter, policy, 1) for _ in range(2)]
     for _ in range(2):
         quiet[0].add(1.0, update)
     quiet[1].add(1.0, update)
-    sums = [one._sum["w"][0] for one in quiet]
+    sums = [one._collected.sums["w"][0] for one in quiet]
     assert sums[0] == 2 * sums[1] > 0
     assert keeper.promise.mechanism.denominator == 0.5 * 4
     blocks = keeper.promise.blocks(("w",), 1.0)
