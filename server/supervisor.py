@@ -120,7 +120,7 @@ class Supervisor:
             views += [NodeView(one.name, "revoked") for one in roster.revoked]
         return snapshot_of(
             self._folder, views, queue=tuple(self._queue), troubles=tuple(self._troubles),
-            waiting=self._waiting(), seen=self._seen, **self.facts,
+            seen=self._seen, **self.facts,
         )  # fmt: skip
 
     def follow_roster(self) -> None:
@@ -196,19 +196,6 @@ class Supervisor:
             self._nodes = self.engine.nodes()
         except (FedtuneError, OSError) as error:
             self._trouble("the server", str(error))
-
-    def _waiting(self) -> str:
-        """Return what the run waits for before its first round, if it does."""
-        folder = self._folder
-        if folder is None or folder.status().get("status") not in ("starting", "running"):
-            return ""
-        if any(row.get("round", 0) > 0 for row in folder.metrics()):
-            return ""
-        needed = folder.config().federation.server.nodes
-        missing = needed - sum(one.status == "online" for one in self._nodes)
-        if missing <= 0:
-            return ""
-        return f"waiting for {missing} more node{'s' if missing > 1 else ''}"
 
     def _trouble(self, who: str, words: str) -> None:
         if self._troubles and self._troubles[-1].words == words:
