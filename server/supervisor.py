@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
 from fedtune.errors import ExitCode, FedtuneError
+from fedtune.files import Fresh
 from fedtune.keys.roster import Roster, logins, read_roster
 from fedtune.server.run_folder import RunFolder
 from fedtune.server.snapshot import NodeView, Seen, Snapshot, Trouble, snapshot_of
@@ -82,10 +83,12 @@ class Supervisor:
     _folder: RunFolder | None = None
     _queue: list[str] = field(default_factory=list)
     _roster: Roster | None = None
-    _stamp: tuple[int, int] = (0, 0)
     _troubles: list[Trouble] = field(default_factory=list)
     _seen: Seen = field(default_factory=Seen)
     _nodes: tuple[Node, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._file = Fresh(self.keys / "roster", lambda: read_roster(self.keys))
 
     def run(self, folders: Sequence[RunFolder]) -> None:
         """Run every folder to its end, one after another.
@@ -125,19 +128,16 @@ class Supervisor:
 
     def follow_roster(self) -> None:
         """Let in who is enrolled now, and nobody else."""
-        file = self.keys / "roster"
-        stat = file.stat()
-        stamp = (stat.st_mtime_ns, stat.st_size)
-        if stamp == self._stamp:
+        roster = self._file.now()
+        if roster is self._roster:
             return
-        roster = read_roster(self.keys)
         added, removed = self.engine.sync(logins(roster))
         if self._roster is not None:
             for name in added:
                 self.tell(f"'{name}' may join now")
             for name in removed:
                 self.tell(f"'{name}' is cut off")
-        self._roster, self._stamp = roster, stamp
+        self._roster = roster
 
     def _one(self, folder: RunFolder) -> None:
         """Keep a ServerApp on a folder until its run has ended."""
