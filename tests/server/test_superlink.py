@@ -78,7 +78,8 @@ def run(engine: Engine, tmp_path: Path) -> Iterator[tuple[int, Path]]:
     number = engine.start_run(tmp_path)
     working(tmp_path)
     yield number, tmp_path
-    engine.stop_run(number)
+    # How it ends when it is asked to is a test of its own.
+    engine.stop_run(number, grace=0.0)
 
 
 @contextlib.contextmanager
