@@ -7,15 +7,26 @@ import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Generic, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
 from fedtune.errors import ExitCode, FedtuneError
 
-__all__ = ["append", "read_tensors", "storage", "try_lock", "write_atomic", "write_json"]
+__all__ = [
+    "Fresh",
+    "append",
+    "read_tensors",
+    "storage",
+    "try_lock",
+    "write_atomic",
+    "write_json",
+]
+
+_Value = TypeVar("_Value")
 
 
 @contextlib.contextmanager
@@ -99,6 +110,37 @@ def try_lock(file: IO[Any] | int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+@dataclass
+class Fresh(Generic[_Value]):
+    """What a file says, read again when the file is another one, or of another time or length.
+
+    Parameters
+    ----------
+    path : Path
+    read : callable
+        Reads and checks the file. What it raises is raised each time anew.
+    """
+
+    path: Path
+    read: Callable[[], _Value]
+    _stamp: tuple[int, int, int] | None = None
+    _found: list[_Value] = field(default_factory=list, repr=False)
+
+    def now(self) -> _Value:
+        """Return what the file says now: the same object while it has not changed."""
+        try:
+            facts = self.path.stat()
+        except OSError:
+            self._stamp = None
+            # It says in its own words that the file is not there.
+            return self.read()
+        # Taken before reading: what changes meanwhile is read again.
+        stamp = (facts.st_ino, facts.st_mtime_ns, facts.st_size)
+        if stamp != self._stamp:
+            self._found, self._stamp = [self.read()], stamp
+        return self._found[0]
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

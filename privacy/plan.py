@@ -144,10 +144,10 @@ class Promise:
         if noise_multiplier == self.mechanism.noise_multiplier:
             return self.mechanism
         moving = self.moving
-        known = isinstance(moving.event, Levels)
-        if not moving.low <= noise_multiplier <= moving.high or (
-            known and noise_multiplier not in moving.event.noise_multipliers
-        ):
+        offered = moving.low <= noise_multiplier <= moving.high
+        if isinstance(moving.event, Levels):
+            offered = noise_multiplier in moving.event.noise_multipliers
+        if not offered:
             raise FedtuneError(
                 f"noise multiplier {noise_multiplier!r} was not offered: "
                 f"{moving.low:g} to {moving.high:g}",

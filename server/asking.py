@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from fedtune.adapters import Tensors
 from fedtune.server.checkpoint import State
 from fedtune.server.learner import open_learner
 from fedtune.server.link import Answer, Link
@@ -13,7 +14,7 @@ from fedtune.server.seeded import tensors_for
 from fedtune.server.tuned import Tuned
 from fedtune.wire import Evaluation, Hello, Task, Update
 
-__all__ = ["Epochs", "Member", "ask_members"]
+__all__ = ["Epochs", "Member", "ask_members", "model_for"]
 
 _Reply = TypeVar("_Reply", Update, Evaluation)
 
@@ -54,22 +55,31 @@ class Epochs:
         self.known[client] = epoch if well else 0
 
 
-def ask_members(
-    link: Link, reply: type[_Reply], tuned: Tuned, state: State, members: Sequence[Member],
-    task: Task, epochs: Epochs,
-) -> tuple[dict[int, int], Iterator[Answer[_Reply]]]:  # fmt: skip
-    """Send ``task`` with the tensors of ``state``; return bytes for each node, and the answers.
+def model_for(
+    tuned: Tuned, state: State, members: Iterable[Member], epochs: Epochs
+) -> dict[str, Tensors]:
+    """Return the tensors of ``state`` that each client is sent; equal ones are one object.
 
     Where only coefficients travel, a client gets the folded pools that it lacks beside them:
     one vector each.
     """
-    most = state.chain.epoch if state.chain else 0
-    known = {member.node: min(epochs.of(member), most) for member in members}
     if tuned.weights is None:
-        learner = open_learner(tuned.config) if reply is Update else None
-        tensors = {0: state.tensors() | (learner.told(state.learner) if learner else {})}
-    else:
-        tensors = tensors_for(tuned.config, tuned.weights, state, known.values())
-    wholes = {count: replace(task, tensors=some) for count, some in tensors.items()}
-    tasks: dict[int, Task | None] = {node: wholes[count] for node, count in known.items()}
+        return dict.fromkeys((member.client for member in members), state.tensors())
+    most = state.chain.epoch if state.chain else 0
+    known = {member.client: min(epochs.of(member), most) for member in members}
+    found = tensors_for(tuned.config, tuned.weights, state, known.values())
+    return {client: found[count] for client, count in known.items()}
+
+
+def ask_members(
+    link: Link, reply: type[_Reply], tuned: Tuned, state: State, members: Sequence[Member],
+    task: Task, epochs: Epochs,
+) -> tuple[dict[int, int], Iterator[Answer[_Reply]]]:  # fmt: skip
+    """Send ``task`` with the tensors of ``state``; return bytes for each node, and the answers."""
+    sent = model_for(tuned, state, members, epochs)
+    learner = open_learner(tuned.config) if reply is Update else None
+    more = learner.told(state.learner) if learner else {}
+    # Equal tasks are one object too: the link encodes it once.
+    wholes = {id(some): replace(task, tensors=some | more) for some in sent.values()}
+    tasks: dict[int, Task | None] = {one.node: wholes[id(sent[one.client])] for one in members}
     return link.ask_each(reply, tasks, tuned.config.federation.deadline)

@@ -23,11 +23,10 @@ from fedtune.files import write_atomic
 from fedtune.privacy.plan import client_promise, honest_survivors, least_survivors
 from fedtune.privacy.secagg import Collector, Context, from_field
 from fedtune.privacy.summing import Summing, model_digest, summing
-from fedtune.server.asking import Epochs, Member
+from fedtune.server.asking import Epochs, Member, model_for
 from fedtune.server.checkpoint import State
 from fedtune.server.link import Answer, Link, Reply, plain
 from fedtune.server.run_folder import RunFolder
-from fedtune.server.seeded import tensors_for
 from fedtune.server.tuned import Tuned
 from fedtune.terms import digest_of, propose
 from fedtune.wire import (
@@ -214,7 +213,7 @@ def secure_attempt(
     config = tuned.config
     members = {member.client: member for member in chosen}
     shapes = {name: value.shape for name, value in state.adapter.items()}
-    sent = _tensors(tuned, state, members, epochs)
+    sent = model_for(tuned, state, members.values(), epochs)
     agreed = digest_of(propose(config))
     digest = model_digest(next(iter(sent.values()), {}), agreed, task.lr)
     settings = config.federation.secure
@@ -289,18 +288,6 @@ def _through(
         lambda name, got: collector.take_reveal(name, _of(got, task).tensors),
     )  # fmt: skip
     return how
-
-
-def _tensors(
-    tuned: Tuned, state: State, members: Mapping[str, Member], epochs: Epochs
-) -> dict[str, Tensors]:
-    """Return what each member is sent as the model."""
-    if tuned.weights is None:
-        return dict.fromkeys(members, state.tensors())
-    most = state.chain.epoch if state.chain else 0
-    known = {name: min(epochs.of(member), most) for name, member in members.items()}
-    found = tensors_for(tuned.config, tuned.weights, state, known.values())
-    return {name: found[count] for name, count in known.items()}
 
 
 def _range(config: Config, shapes: Mapping[str, tuple[int, ...]], members: int) -> Summing:

@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 
 from fedtune.config import Config
 from fedtune.errors import ExitCode, FedtuneError
+from fedtune.files import Fresh
 from fedtune.keys.node import public_line
 from fedtune.keys.roster import logins, read_roster, signers
 from fedtune.server.app import Outcome, concluding, work
@@ -102,7 +103,7 @@ class Served:
         Without the roster, which is read anew each time.
     config : Config
     keys : Path
-        Folder with the roster.
+        Folder with the roster, which is followed.
     watch : callable
         Hears of nodes that may not or do not want to take part.
     """
@@ -120,6 +121,9 @@ class Served:
     _pauses: dict[int, float] = field(default_factory=dict)
     _serial: int = 0
     _begun: bool = False
+
+    def __post_init__(self) -> None:
+        self._roster = Fresh(self.keys / "roster", lambda: read_roster(self.keys))
 
     def nodes(self) -> list[int]:
         """Return the nodes that take part, once there are enough of them.
@@ -172,7 +176,7 @@ class Served:
 
     def _here(self) -> list[int]:
         """Invite who is new; return who is enrolled, there, and has agreed."""
-        roster = read_roster(self.keys)
+        roster = self._roster.now()
         names = {public_line(key): name for name, key in logins(roster).items()}
         found = self.online()
         enrolled = {node: names[key] for node, key in found.items() if key in names}

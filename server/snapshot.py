@@ -130,7 +130,6 @@ def snapshot_of(
     certificate_days_left: int | None = None,
     queue: Sequence[str] = (),
     troubles: Sequence[Trouble] = (),
-    waiting: str = "",
     seen: Seen | None = None,
     now: float | None = None,
 ) -> Snapshot:
@@ -146,8 +145,6 @@ def snapshot_of(
         What the server knows and the folder does not.
     troubles : sequence of Trouble
         The server's own: parts that died, nodes that were refused.
-    waiting : str
-        What the server waits for, if the run is not under way: "waiting for 2 more nodes".
     seen : Seen or None
         Keep one, so that long files are read once.
     now : float or None
@@ -161,7 +158,7 @@ def snapshot_of(
     now = time.time() if now is None else now
     bare = Snapshot(
         federation=shown(federation, _NAME), experiment="", run="", status="waiting", reason="",
-        round=0, rounds=0, phase=waiting or "no run yet", started=None, seconds_left=None,
+        round=0, rounds=0, phase="no run yet", started=None, seconds_left=None,
         nodes=tuple(_clean(node) for node in nodes), rows=(), budgets=(), bytes_down=0, bytes_up=0,
         troubles=_newest(list(troubles)), queue=tuple(shown(name, _NAME) for name in queue),
         address=shown(address, _NAME), certificate_days_left=certificate_days_left, made=now,
@@ -172,7 +169,7 @@ def snapshot_of(
     seen = seen or Seen()
     with seen.lock:
         config = seen.look(folder)
-        return _of_run(bare, folder, config, seen, waiting, list(troubles))
+        return _of_run(bare, folder, config, seen, list(troubles))
 
 
 def as_json(snapshot: Snapshot) -> dict[str, Any]:
@@ -182,14 +179,15 @@ def as_json(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def _of_run(
-    bare: Snapshot, folder: RunFolder, config: Config, seen: Seen, waiting: str,
-    given: list[Trouble],
-) -> Snapshot:  # fmt: skip
+    bare: Snapshot, folder: RunFolder, config: Config, seen: Seen, given: list[Trouble]
+) -> Snapshot:
     facts = _facts(folder)
     secret = config.privacy.client is not None
     rounds, rows = config.federation.rounds, tuple(seen.rows)
     reached = int(rows[-1]["round"]) if rows else 0
-    status = _status(folder, facts, waiting)
+    status = _status(folder, facts)
+    if missing := _missing(bare, config, status, bool(rows)):
+        status = "waiting"
     asked = seen.asked if _is_now(folder, seen.asked, reached) else None
     kept = [trouble for trouble, tells in seen.troubles if not (secret and tells)]
     sent = [_total(rows, f"bytes_{way}") for way in ("down", "up")]
@@ -197,8 +195,7 @@ def _of_run(
         bare,
         experiment=config.name, run=shown(folder.path.name, _NAME), status=status,
         reason=shown(str(facts.get("reason", "")), _WORDS), round=reached, rounds=rounds,
-        phase=waiting or _missing(bare, config, status, bool(rows))
-        or _phase(status, reached, rounds, asked, secret, bool(rows)),
+        phase=missing or _phase(status, reached, rounds, asked, secret, bool(rows)),
         started=_unix(facts.get("started")),
         seconds_left=_left(rows, rounds, asked, bare.made) if status == "running" else None,
         nodes=tuple(node if secret else _counted(node, seen) for node in bare.nodes),
@@ -218,12 +215,10 @@ def _facts(folder: RunFolder) -> dict[str, Any]:
         ) from error
 
 
-def _status(folder: RunFolder, facts: Mapping[str, Any], waiting: str) -> RunStatus:
+def _status(folder: RunFolder, facts: Mapping[str, Any]) -> RunStatus:
     known: dict[str, RunStatus] = {
         "finished": "finished", "failed": "failed", "stopped": "stopped",
     }  # fmt: skip
-    if waiting:
-        return "waiting"
     if ended := known.get(str(facts.get("status"))):
         return ended
     if folder.is_alive():
@@ -269,7 +264,7 @@ def _missing(bare: Snapshot, config: Config, status: RunStatus, begun: bool) -> 
     """Say how many nodes a served run still waits for before its first round."""
     online = sum(node.status == "online" for node in bare.nodes)
     missing = config.federation.server.nodes - online
-    if begun or status != "running" or not bare.address or missing <= 0:
+    if begun or status not in ("running", "waiting") or not bare.address or missing <= 0:
         return ""
     return f"waiting for {plural(missing, 'more node')}"
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
 from fedtune.errors import ExitCode, FedtuneError
+from fedtune.files import Fresh
 from fedtune.keys.roster import Roster, logins, read_roster
 from fedtune.server.run_folder import RunFolder
 from fedtune.server.snapshot import NodeView, Seen, Snapshot, Trouble, snapshot_of
@@ -82,10 +83,12 @@ class Supervisor:
     _folder: RunFolder | None = None
     _queue: list[str] = field(default_factory=list)
     _roster: Roster | None = None
-    _stamp: tuple[int, int] = (0, 0)
     _troubles: list[Trouble] = field(default_factory=list)
     _seen: Seen = field(default_factory=Seen)
     _nodes: tuple[Node, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._file = Fresh(self.keys / "roster", lambda: read_roster(self.keys))
 
     def run(self, folders: Sequence[RunFolder]) -> None:
         """Run every folder to its end, one after another.
@@ -120,24 +123,21 @@ class Supervisor:
             views += [NodeView(one.name, "revoked") for one in roster.revoked]
         return snapshot_of(
             self._folder, views, queue=tuple(self._queue), troubles=tuple(self._troubles),
-            waiting=self._waiting(), seen=self._seen, **self.facts,
+            seen=self._seen, **self.facts,
         )  # fmt: skip
 
     def follow_roster(self) -> None:
         """Let in who is enrolled now, and nobody else."""
-        file = self.keys / "roster"
-        stat = file.stat()
-        stamp = (stat.st_mtime_ns, stat.st_size)
-        if stamp == self._stamp:
+        roster = self._file.now()
+        if roster is self._roster:
             return
-        roster = read_roster(self.keys)
         added, removed = self.engine.sync(logins(roster))
         if self._roster is not None:
             for name in added:
                 self.tell(f"'{name}' may join now")
             for name in removed:
                 self.tell(f"'{name}' is cut off")
-        self._roster, self._stamp = roster, stamp
+        self._roster = roster
 
     def _one(self, folder: RunFolder) -> None:
         """Keep a ServerApp on a folder until its run has ended."""
@@ -196,19 +196,6 @@ class Supervisor:
             self._nodes = self.engine.nodes()
         except (FedtuneError, OSError) as error:
             self._trouble("the server", str(error))
-
-    def _waiting(self) -> str:
-        """Return what the run waits for before its first round, if it does."""
-        folder = self._folder
-        if folder is None or folder.status().get("status") not in ("starting", "running"):
-            return ""
-        if any(row.get("round", 0) > 0 for row in folder.metrics()):
-            return ""
-        needed = folder.config().federation.server.nodes
-        missing = needed - sum(one.status == "online" for one in self._nodes)
-        if missing <= 0:
-            return ""
-        return f"waiting for {missing} more node{'s' if missing > 1 else ''}"
 
     def _trouble(self, who: str, words: str) -> None:
         if self._troubles and self._troubles[-1].words == words:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.needed import lacking
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -14,9 +16,6 @@ ROOT = Path(__file__).resolve().parent.parent
 def shared() -> Path:
     """Return the folder of real data sets and models; CI must have it."""
     folder = Path(os.environ.get("FEDTUNE_SHARED", ROOT.parent / "shared")).resolve()
-    if folder.is_dir():
-        return folder
-    problem = f"FEDTUNE_SHARED='{folder}' does not exist: set it to the shared folder"
-    if os.environ.get("CI"):
-        pytest.fail(problem)
-    pytest.skip(problem)
+    if not folder.is_dir():
+        lacking(f"FEDTUNE_SHARED='{folder}' does not exist: set it to the shared folder")
+    return folder

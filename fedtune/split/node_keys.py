@@ -19,7 +19,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedtune.keys.files import refused
+from fedtune.files import Fresh
 from fedtune.keys.node import Login, LoginPublic, read_enrolled
 from fedtune.split.calls import Refused, Status
 
@@ -76,7 +76,7 @@ class Gate:
 
     enrolled: Path
     server: str
-    _keys: dict[str, tuple[tuple[int, int], dict[str, LoginPublic]]]
+    _keys: Fresh[dict[str, LoginPublic]]
     _nonces: OrderedDict[tuple[str, str], float]
     _counts: Counter[str]
     _lock: threading.Lock
@@ -84,24 +84,15 @@ class Gate:
     @classmethod
     def at(cls, enrolled: Path, server: str) -> Gate:
         """Return the door for an enrolment file, which must be readable now."""
-        gate = cls(enrolled, server, {}, OrderedDict(), Counter(), threading.Lock())
+        file = Fresh(enrolled, lambda: read_enrolled(enrolled))
+        gate = cls(enrolled, server, file, OrderedDict(), Counter(), threading.Lock())
         gate.keys()
         return gate
 
     def keys(self) -> dict[str, LoginPublic]:
         """Return the enrolled clients, as the file says now."""
         with self._lock:
-            try:
-                stat = self.enrolled.stat()
-            except OSError as error:
-                raise refused(
-                    f"'{self.enrolled}' cannot be read: {error}",
-                    "give the path of a readable file",
-                ) from error
-            stamp = (stat.st_mtime_ns, stat.st_size)
-            if "now" not in self._keys or self._keys["now"][0] != stamp:
-                self._keys["now"] = (stamp, read_enrolled(self.enrolled))
-            return self._keys["now"][1]
+            return self._keys.now()
 
     def first_time(self, client: str, nonce: str, now: float) -> bool:
         """Say whether a client's number was not used within the window; remember it.

@@ -53,9 +53,8 @@ def serve(grid: Grid, context: Context) -> None:
 
 def task_of(size: int, number: int) -> Task:
     """Return a task with a tensor of ``size`` bytes (0: none)."""
-    data = np.random.default_rng(number).bytes(size)
-    tensors = {"x": np.frombuffer(data, np.uint8)} if size else {}
-    return Task(number, 1, 0, 0.0, tensors)
+    values = np.random.default_rng(number).random(size // 4, np.float32)
+    return Task(number, 1, 0, 0.0, {"x": values} if size else {})
 
 
 def reply_to(message: Message) -> Message:
@@ -73,8 +72,8 @@ def _right(update: Update | None, task: Task, node: int) -> bool:
     return all(np.array_equal(came, due) for came, due in pairs)
 
 
-def _added(node: int) -> np.uint8:
-    return np.uint8(node % 255 + 1)
+def _added(node: int) -> np.float32:
+    return np.float32(node % 255 + 1)
 
 
 def main() -> None:

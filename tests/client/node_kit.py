@@ -23,6 +23,7 @@ from fedtune.config import Config
 from fedtune.keys.authority import make_authority
 from fedtune.keys.node import Identity, new_identity, public_of
 from fedtune.keys.roster import enrol
+from fedtune.privacy.events import Unit
 from fedtune.privacy.plan import resolve
 from fedtune.server.serving import for_owners
 from fedtune.server.tuned import Tuned, load_tuned
@@ -48,6 +49,9 @@ CLIENTS: dict[str, Any] = {
 BY_SERVER = CLIENTS | {"noise_at": "server"}
 BARE = OwnerPolicy(promises=("none", "example", "client", "client-by-server"))
 """A policy of an owner who lets bare updates go."""
+SECURE: dict[str, Any] = {
+    "privacy__example": None, "privacy__client": CLIENTS, "federation__secure": {"threshold": 1.0},
+}  # fmt: skip
 
 
 def experiment(**changes: Any) -> Config:
@@ -68,6 +72,9 @@ def experiment(**changes: Any) -> Config:
         if value is None:
             del here[last]
     return resolve(for_owners(Config.model_validate(table)))
+
+
+PLAIN = experiment()
 
 
 def tuned(config: Config) -> Tuned:
@@ -195,3 +202,18 @@ def changed(terms: Mapping[str, Any], place: str, value: Any) -> str:
         here = here[name]
     here[last] = value
     return json.dumps(table)
+
+
+def charged(here: Ward, unit: Unit = Unit.EXAMPLE, name: str = "ann") -> int:
+    """Return how many releases the node's ledger holds, over all relations."""
+    ledger = here.node(name).ledger
+    accounts = [one for one in ledger.accounts() if one.unit is unit]
+    return sum(sum(ledger.groups(one).values()) for one in accounts)
+
+
+def total(here: Ward, name: str = "ann") -> float:
+    """Return the sum of what the ledger's accounts hold."""
+    ledger = here.node(name).ledger
+    return sum(
+        ledger.spent(one, here.node(name).policy.max_delta).epsilon for one in ledger.accounts()
+    )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from fedtune.errors import ExitCode, FedtuneError
-from fedtune.files import append, read_tensors, try_lock, write_atomic, write_json
+from fedtune.files import Fresh, append, read_tensors, try_lock, write_atomic, write_json
 
 _WRITE = """
 import json, resource, signal, sys
@@ -87,6 +88,36 @@ def test_a_lock_keeps_others_out_until_its_file_is_closed(tmp_path: Path) -> Non
         assert not try_lock(other.fileno())
         mine.close()
         assert try_lock(other.fileno())
+
+
+def test_a_file_is_read_again_when_it_changes_and_only_then(tmp_path: Path) -> None:
+    path, reads = tmp_path / "list", []
+
+    def read() -> list[str]:
+        reads.append(path.read_text())
+        if not reads[-1]:
+            raise FedtuneError("nothing in it")
+        return [reads[-1]]
+
+    file = Fresh(path, read)
+    with pytest.raises(FileNotFoundError):
+        file.now()
+    write_atomic(path, b"one")
+    first = file.now()
+    assert file.now() is first == ["one"]
+    # As long, and as old: another file it is.
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    write_atomic(path, b"two")
+    os.utime(path, ns=times)
+    assert file.now() == ["two"]
+    path.write_text("")
+    for _ in range(2):
+        with pytest.raises(FedtuneError, match="nothing in it"):
+            file.now()
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        file.now()
+    assert reads == ["one", "two", "", ""]
 
 
 def test_json_is_readable_and_sorted(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from fedtune.errors import ExitCode, FedtuneError
 from fedtune.keys import certificates as x5
 from fedtune.keys.certificates import federation_of, read_ca
 from tests.keys.kit import FUZZ, NOW, attempt, fails, federation
+from tests.needed import need_program
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,8 @@ def test_the_server_may_serve_and_nothing_else(place: Path) -> None:
     assert not x5.signed_by(ca, server)
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl here")
 def test_openssl_agrees(place: Path, tmp_path: Path) -> None:
+    need_program("openssl")
     other = federation(tmp_path / "other")
 
     def verify(root: Path, *more: str) -> subprocess.CompletedProcess[str]:

@@ -30,6 +30,7 @@ from fedtune.keys.node import (
     write_identity,
 )
 from tests.keys.kit import FUZZ, attempt, fails, mode
+from tests.needed import need_program
 
 SAMPLE = new_identity("ann")
 LINE = line_of(public_of(SAMPLE))
@@ -121,8 +122,8 @@ def _block(key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> str:
     return key.private_bytes(*form, serialization.NoEncryption()).decode()
 
 
-@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="no ssh-keygen here")
 def test_a_key_with_a_password_is_refused(tmp_path: Path) -> None:
+    need_program("ssh-keygen")
     subprocess.run(
         ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "a word", "-f", tmp_path / "own"],
         check=True,
@@ -214,8 +215,8 @@ def test_fingerprints_name_the_name_and_both_keys() -> None:
     assert len({found, *map(fingerprint_of, changed)}) == 4
 
 
-@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="no ssh-keygen here")
 def test_ssh_keygen_reads_both_files(written: Path) -> None:
+    need_program("ssh-keygen")
     prints = set()
     for path in (written, written.with_suffix(".pub")):
         done = subprocess.run(["ssh-keygen", "-l", "-f", path], capture_output=True, text=True)

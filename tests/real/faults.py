@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import psutil
-import pytest
 import torch
 
 from fedtune.configfile import load
@@ -21,6 +20,7 @@ from fedtune.privacy.events import Relation, Unit
 from fedtune.privacy.ledger import open_ledger
 from fedtune.server.run_folder import create
 from fedtune.simulations.simulate import simulate
+from tests.needed import lacking
 from tests.real.kit import Federation
 
 PATIENCE = 240.0
@@ -112,7 +112,7 @@ def small_disk(path: Path, megabytes: int) -> Iterator[None]:
     try:
         subprocess.run(mount, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no small disk can be mounted here: {error}")
+        lacking(f"no small disk can be mounted here: {error}")
     try:
         yield
     finally:

@@ -91,13 +91,24 @@ def test_nothing_there_yet() -> None:
     assert found.budgets == ()
 
 
+def test_a_run_whose_process_is_still_starting_waits_for_nodes(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.folder.update_status(status="starting")
+    found = run.look("a", address="x:9092")
+    assert (found.status, found.phase) == ("waiting", "waiting for 1 more node")
+    found = run.look("a", "b", address="x:9092")
+    assert (found.status, found.phase) == ("waiting", "starting")
+    run.folder.update_status(status="stopped")
+    assert run.look("a", address="x:9092").status == "stopped"
+
+
 def test_phases_of_a_run(tmp_path: Path) -> None:
     run = Run(tmp_path)
     assert run.look().status == "killed"
     with working(run):
         assert run.look().phase == "asking nodes who they are, and measuring the base model"
-        assert run.look(waiting="waiting for 2 more nodes").status == "waiting"
-        assert run.look(waiting="waiting for 2 more nodes").phase == "waiting for 2 more nodes"
+        assert run.look(address="x:9092").status == "waiting"
+        assert run.look(address="x:9092").phase == "waiting for 2 more nodes"
         assert run.look("a", address="x:9092").phase == "waiting for 1 more node"
         run.base()
         assert run.look("a", address="x:9092").phase == "about to begin round 1"

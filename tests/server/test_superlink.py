@@ -6,8 +6,6 @@ import signal
 import socket
 import ssl
 import stat
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -31,18 +29,17 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 
 from fedtune.errors import ExitCode, FedtuneError
-from fedtune.keys.authority import make_authority, make_server
 from fedtune.server.bundle import build_bundle
 from fedtune.server.superlink import Engine, Place, start_engine
 from fedtune.server.superlink_process import tail
 from tests.server.toy_server import (
-    SUPERVISOR,
-    TOY,
     Words,
     alive,
     beat,
     children,
-    free_port,
+    hostile_environment,
+    place_of,
+    server_keys,
     until,
     working,
 )
@@ -52,31 +49,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("keys") / "keys"
-    make_authority(folder, "test federation")
-    make_server(folder, ["127.0.0.1", "localhost"])
-    return folder
+    return server_keys(tmp_path_factory.mktemp("keys") / "keys")
 
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """An environment that would open another API, and send calls to nobody."""
-    folder = tmp_path_factory.mktemp("toy")
-    (folder / "toy_server_app.py").write_text(TOY)
-    with pytest.MonkeyPatch.context() as patch:
-        before = os.environ.get("PYTHONPATH")
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(folder), before))))
-        patch.setenv("FLWR_INTERNAL_GRPC_CONTROL_API", "1")
-        patch.setenv("FLWR_DATABASE", ":memory:")
-        patch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
-        patch.delenv("NO_PROXY", raising=False)
-        patch.delenv("no_proxy", raising=False)
+    with hostile_environment(tmp_path_factory.mktemp("toy")):
         yield
-
-
-def _place(keys: Path, home: Path, host: str = "127.0.0.1") -> Place:
-    files = (keys / name for name in ("ca.pem", "server.pem", "server.key"))
-    return Place(home, f"{host}:{free_port()}", *files, most_bytes=8 << 20)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +67,7 @@ def said() -> Words:
 def engine(
     keys: Path, hostile: None, said: Words, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engine]:
-    place = _place(keys, tmp_path_factory.mktemp("server") / "home", "0.0.0.0")
+    place = place_of(keys, tmp_path_factory.mktemp("server") / "home", "0.0.0.0")
     with start_engine(place, said, bundle=build_bundle("toy_server_app:app")) as running:
         yield running
     assert children() == []
@@ -99,7 +78,8 @@ def run(engine: Engine, tmp_path: Path) -> Iterator[tuple[int, Path]]:
     number = engine.start_run(tmp_path)
     working(tmp_path)
     yield number, tmp_path
-    engine.stop_run(number)
+    # How it ends when it is asked to is a test of its own.
+    engine.stop_run(number, grace=0.0)
 
 
 @contextlib.contextmanager
@@ -459,7 +439,7 @@ def test_a_second_server_in_one_folder_is_refused(
 ) -> None:
     monkeypatch.setattr("fedtune.server.superlink_place._PATIENCE", 0.2)
     with pytest.raises(FedtuneError, match="a server already runs in"):
-        start_engine(_place(keys, _place_of(engine).home), print)
+        start_engine(place_of(keys, _place_of(engine).home), print)
     assert engine.nodes() == ()
 
 
@@ -467,7 +447,7 @@ def test_a_taken_port_is_said_before_anything_starts(
     engine: Engine, keys: Path, tmp_path: Path
 ) -> None:
     before = children()
-    place = replace(_place(keys, tmp_path / "home"), address=engine.join_address)
+    place = replace(place_of(keys, tmp_path / "home"), address=engine.join_address)
     with pytest.raises(FedtuneError, match="the port is taken") as error:
         start_engine(place, print)
     assert "another port" in error.value.hint
@@ -475,45 +455,3 @@ def test_a_taken_port_is_said_before_anything_starts(
     # The folder is free again.
     with pytest.raises(FedtuneError, match="the port is taken"):
         start_engine(place, print)
-
-
-def test_a_superlink_that_does_not_come_up_shows_its_last_lines(
-    keys: Path, hostile: None, tmp_path: Path
-) -> None:
-    before, place = children(), _place(keys, tmp_path)
-    (tmp_path / "state.db").write_bytes(b"this is no database" * 100)
-    with pytest.raises(FedtuneError, match="not a database") as error:
-        start_engine(place, print)
-    assert error.value.code == ExitCode.ENGINE
-    assert children() == before
-    (tmp_path / "state.db").unlink()
-    start_engine(place, print).close()
-    assert children() == before
-
-
-def test_children_die_with_a_killed_server_and_the_next_one_goes_on(
-    keys: Path, hostile: None, tmp_path: Path
-) -> None:
-    run, place = tmp_path / "run", _place(keys, tmp_path / "home")
-    run.mkdir()
-    port = place.address.rpartition(":")[2]
-    supervisor = subprocess.Popen(
-        [sys.executable, "-c", SUPERVISOR, str(keys), str(place.home), port, str(run)]
-    )
-    try:
-        until(lambda: bool(beat(run)), what="work of the ServerApp")
-        offspring = psutil.Process(supervisor.pid).children(recursive=True)
-        assert len(offspring) >= 2
-    finally:
-        supervisor.kill()
-        supervisor.wait()
-    said = Words()
-    start = time.monotonic()
-    with start_engine(place, said, bundle=build_bundle("toy_server_app:app")) as engine:
-        assert not any(alive(child) for child in offspring)
-        assert time.monotonic() - start < 60
-        (old,) = engine._control.runs()
-        assert engine.run_status(old) == ("finished:stopped", "")
-        new = engine.start_run(run)
-        working(run)
-        assert engine.run_status(new) == ("running", "")

@@ -117,6 +117,23 @@ def test_only_the_roster_is_let_in_and_who_is_revoked_is_cut_off(
     assert views == {"ann": "never", "cy": "never", "bob": "revoked"}
 
 
+def test_a_run_that_waits_for_nodes_says_so(keys: Path, tmp_path: Path) -> None:
+    found: list[tuple[str, str]] = []
+    there = [Node("ann", 1, "offline", 1.0), Node("ann", 1, "online", 1.0)]
+
+    def app(folder: RunFolder, _starts: int) -> bool:
+        now = supervisor.snapshot()
+        found.append((now.status, now.phase))
+        engine.here = (there.pop(0),) if there else ()
+        return True if len(found) < 3 else finish(folder, 0)
+
+    supervisor, engine, _ = made(keys, app)
+    supervisor.facts = {"address": "x:9092"}
+    supervisor.run(folders(tmp_path))
+    two, one = "waiting for 2 more nodes", "waiting for 1 more node"
+    assert found == [("waiting", two), ("waiting", two), ("waiting", one)]
+
+
 def test_a_roster_that_is_damaged_lets_nobody_else_in_and_ends_no_run(
     keys: Path, tmp_path: Path
 ) -> None:

@@ -1,12 +1,17 @@
 """A ServerApp that only beats, a supervisor to be killed, and how tests wait for them."""
 
 import contextlib
+import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
+import pytest
+
+from fedtune.keys.authority import make_authority, make_server
+from fedtune.server.superlink import Place
 
 TOY = """
 import os, subprocess, time
@@ -90,3 +95,30 @@ def working(run: Path) -> None:
     """Wait until a ServerApp has written again."""
     (run / "beat").unlink(missing_ok=True)
     until(lambda: bool(beat(run)), what="work of the ServerApp")
+
+
+def server_keys(folder: Path) -> Path:
+    """Make a federation's authority and its server's certificate."""
+    make_authority(folder, "test federation")
+    make_server(folder, ["127.0.0.1", "localhost"])
+    return folder
+
+
+@contextlib.contextmanager
+def hostile_environment(folder: Path) -> Iterator[None]:
+    """An environment that would open another API, and send calls to nobody."""
+    (folder / "toy_server_app.py").write_text(TOY)
+    with pytest.MonkeyPatch.context() as patch:
+        before = os.environ.get("PYTHONPATH")
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(folder), before))))
+        patch.setenv("FLWR_INTERNAL_GRPC_CONTROL_API", "1")
+        patch.setenv("FLWR_DATABASE", ":memory:")
+        patch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+        patch.delenv("NO_PROXY", raising=False)
+        patch.delenv("no_proxy", raising=False)
+        yield
+
+
+def place_of(keys: Path, home: Path, host: str = "127.0.0.1") -> Place:
+    files = (keys / name for name in ("ca.pem", "server.pem", "server.key"))
+    return Place(home, f"{host}:{free_port()}", *files, most_bytes=8 << 20)
