@@ -97,7 +97,7 @@ class Promise:
         Where each round's noise is chosen at that time, the ledger is the filter, and this is
         its budget: what the planned rounds cost with the planned noise.
         """
-        if self.unit is Unit.CLIENT and self._varies:
+        if self.chosen_late:
             return self.spent().epsilon, self.delta
         return (self.settings.epsilon, self.delta) if self.settings.epsilon else None
 
@@ -126,7 +126,7 @@ class Promise:
             The noise is not between the two ends.
         """
         mechanism, moving = self.at(noise_multiplier), self.moving
-        if self.unit is not Unit.CLIENT or not self._varies:
+        if not self.chosen_late:
             return self.charge
         if not moving.order:
             return Charge(mechanism.event)
@@ -159,6 +159,11 @@ class Promise:
     def least_noise(self) -> float:
         """The smallest noise multiplier that a release may have."""
         return self.moving.low
+
+    @property
+    def chosen_late(self) -> bool:
+        """Whether a round's charge depends on the rounds before: its filter's budget counts."""
+        return self.unit is Unit.CLIENT and self._varies
 
     @property
     def _varies(self) -> bool:

@@ -103,13 +103,18 @@ def facts_of(tuned: Tuned, folder: RunFolder, ended: Ended = "finished") -> Fact
     config = tuned.config
     rounds = _rounds(folder)
     insecure = config.privacy.insecure_seeded_noise
+    ran = tuple(_ran(tuned, promise, rounds) for promise in promises(config))
+    covered = ["the model of every round, and what is computed from it"]
+    if any(one.clip.policy is not None for one in ran):
+        covered.append("what the clipping policy chose: it follows from those releases")
     return Facts(
         name=config.name,
         job=folder.job(),
         finished=datetime.now(UTC).isoformat(timespec="seconds"),
         ended=ended,
         versions={name: version(name) for name in _PACKAGES},
-        mechanisms=tuple(_ran(tuned, promise, rounds) for promise in promises(config)),
+        mechanisms=ran,
+        covered=tuple(covered),
         model=Model(
             base=config.model.base if config.model.base.startswith("fedtune:") else "local model",
             revision=config.model.revision,
@@ -187,6 +192,7 @@ def _ran(tuned: Tuned, promise: Promise, rounds: int) -> Ran:
         steps_per_round=float(promise.releases),
         delta=promise.delta,
         target_epsilon=settings.epsilon or None,
+        filter_epsilon=promise.limit[0] if promise.chosen_late and promise.limit else None,
         units=settings.population,
     )  # fmt: skip
 

@@ -406,7 +406,7 @@ def _bounds(bounds: tuple[Promise, ...], number: int, central: Central | None) -
     """Return what the rounds so far cost at most, by the accountant that takes no time.
 
     At client level the ledger says how often; at example level it is with the clients,
-    and this is the cost of one attempt in each round.
+    and this is the cost of one attempt in each round. Of a filter it is the budget.
     """
     found = {}
     for promise in bounds:
@@ -417,7 +417,10 @@ def _bounds(bounds: tuple[Promise, ...], number: int, central: Central | None) -
         # Not 0.0 times it: where an order has no bound that is not a number.
         none = np.zeros_like(rdp(promise.mechanism.event, promise.relation))
         cost = sum((n * rdp(event, promise.relation) for event, n in groups.items()), start=none)
-        found[f"epsilon_{promise.unit.value}"] = epsilon_of_rdp(cost, promise.delta)[0]
+        epsilon = epsilon_of_rdp(cost, promise.delta)[0]
+        if promise.chosen_late and promise.limit:
+            epsilon = max(epsilon, promise.limit[0])
+        found[f"epsilon_{promise.unit.value}"] = epsilon
     return found
 
 

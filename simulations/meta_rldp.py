@@ -409,6 +409,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     sac = Sac(STATES, ACTIONS, LEARNING, args.seed)
+    sac.load_actor(damped(sac.actor_state(), 0.1))
     began = time.monotonic()
     for depth in DEPTHS:
         _base(depth)

@@ -24,7 +24,8 @@ __all__ = ["ACTIONS", "RANGE", "REACH", "ActionSpace", "noise_of"]
 
 ACTIONS = 9
 """Global, depth slope, A/B split; exponents of d and of C in the shares, their depth
-slope; two residual directions over adapters; noise."""
+slope; two residual directions over adapters; noise. Zeros leave norms alone and deal the
+noise out in closed form."""
 
 REACH = 0.3
 """Most that the logarithm of a norm moves at one decision."""
@@ -67,7 +68,7 @@ class ActionSpace:
     >>> louder = space.apply(space.start(), np.array([1, 0, 0, -1, -1, 0, 0, 0, 0]))
     >>> [round(c, 4) for c in louder.norms], louder.shares     # exp(0.3) / sqrt(2)
     ([0.9545, 0.9545], (0.5, 0.5))
-    >>> closed = space.apply(space.start(), np.array([0, 0, 0, 1, 0, 0, 0, 0, 0]))
+    >>> closed = space.apply(space.start(), np.zeros(9))
     >>> [round(w, 4) for w in closed.shares]                    # as sqrt(16) to sqrt(32)
     [0.4142, 0.5858]
     """
@@ -152,8 +153,8 @@ class ActionSpace:
         return found
 
     def _shares(self, norms: Array, given: Array) -> tuple[float, ...]:
-        """Return w_i as d^a C^b: (0, 0) is uniform, (1/2, 1) closed form, (0, 2) isotropic."""
-        of_size, of_norm = 0.25 * (1.0 + given[3]), 1.0 + given[4]
+        """Return w_i as d^a C^b: (1/2, 1) is least noise, (0, 0) uniform, (0, 2) isotropic."""
+        of_size, of_norm = 0.5 * (1.0 + given[3]), 1.0 + given[4]
         logs = of_size * np.log(self.numbers) + of_norm * np.log(norms)
         logs += _TILT * given[5] * self.depth
         # A share near 0 would be noise without end in that block.

@@ -1,11 +1,12 @@
 """RLDP: a soft actor-critic that moves clip norms, shares and noise, and sees releases alone.
 
 Every K releases it decides. Between decisions norms follow the quantile rule (Andrew et al.
-2021) block by block, as they do in the warm-up: an action of zeros goes on with it, and
-others push norms and the rule's targets up or down, so that what is learnt is learnt on top
-of the best simple rule. What it sees went through the mechanism (``features.py``), so the
-guarantee covers it: research note, sections D and E. ``preset = "paper"`` has the published
-settings (arXiv 2507.22565) where they are known, and no rule after the warm-up.
+2021) block by block, as they do in the warm-up: an action of zeros goes on with it, with
+shares in closed form. Others push norms and the rule's targets up or down, so that what is
+learnt is learnt on top of the best simple rule. What the controller sees went through the
+mechanism (``features.py``), so the guarantee covers it: research note, sections D and E.
+``preset = "paper"`` has the published settings (arXiv 2507.22565) where they are known, and
+no rule after the warm-up.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def test_corners_of_the_shares_are_the_known_rules() -> None:
     sizes = [int(n) for n in space.numbers]
     for action, rule in (
         (_action(sizes=-1, norms=-1), equal),
-        (_action(sizes=1), least_noise),
+        (_action(), least_noise),
         (_action(sizes=-1, norms=1), same_noise),
     ):
         action[1] = 1.0  # so that norms differ

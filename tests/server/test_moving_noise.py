@@ -94,7 +94,9 @@ def test_rounds_at_the_server(sampler: str, tmp_path: Path) -> None:
     assert found.epsilon == pytest.approx(exact)
     central = Central(promise, ledger, account, run.folder.job(), source=None)  # type: ignore[arg-type]
     fast = _bounds((promise,), 3, central)["epsilon_client"]
-    assert fast == epsilon_of_rdp(3 * rdp(event, promise.relation), promise.delta)[0]
+    renyi = epsilon_of_rdp(3 * rdp(event, promise.relation), promise.delta)[0]
+    assert promise.limit is not None
+    assert fast == max(renyi, promise.limit[0])
     if isinstance(event, Gaussian):
         assert event.noise_multiplier == promise.least_noise < 0.3
     _require_all(run.config, ledger.extract(run.folder.job(), compact=True), 3)

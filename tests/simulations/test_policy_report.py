@@ -57,7 +57,9 @@ def test_the_report_has_what_every_client_logged(example: RunFolder) -> None:
 
 
 def test_facts_say_what_the_sensors_took(example: RunFolder) -> None:
-    (ran,) = read_facts(example.path / "privacy_facts.json").mechanisms
+    facts = read_facts(example.path / "privacy_facts.json")
+    (ran,) = facts.mechanisms
+    assert any(text.startswith("what the clipping policy chose") for text in facts.covered)
     policy = ran.clip.policy
     assert policy is not None
     assert (policy.mode, policy.reward, policy.noise) == ("online", "held-out", "constant")
