@@ -113,9 +113,10 @@ def outline(promise: Promise, sizes: Mapping[str, int]) -> dict[str, Any]:
 
 def _decisions(name: str, found: Mapping[str, Any], steps: int, every: int) -> int:
     """Return how often it decides: the controller when an interval is full, others at once."""
+    warmup = int(found["warmup"])
     if name != "rldp":
-        return math.ceil((steps - found["warmup"]) / every)
-    return sum(number >= found["warmup"] for number in range(every, steps, every))
+        return math.ceil((steps - warmup) / every)
+    return sum(number >= warmup for number in range(every, steps, every))
 
 
 def moving_noise(promise: Promise, total: Spent) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def ask_members(
     """Send ``task`` with the tensors of ``state``; return bytes for each node, and the answers."""
     sent = model_for(tuned, state, members, epochs)
     learner = open_learner(tuned.config) if reply is Update else None
-    more = learner.told(state.learner) if learner else {}
+    more: Tensors = learner.told(state.learner) if learner else {}
     # Equal tasks are one object too: the link encodes it once.
     wholes = {id(some): replace(task, tensors=some | more) for some in sent.values()}
     tasks: dict[int, Task | None] = {one.node: wholes[id(sent[one.client])] for one in members}

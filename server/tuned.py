@@ -80,9 +80,9 @@ class Tuned:
 
     def utility(self, state: State) -> Utility | None:
         """Return what measures a state on public text, for a clipping policy that asks."""
-        if self.public is None:
-            return None
         measured = utility_of(self.config, self.base, self.public, self.model)
+        if measured is None:
+            return None
 
         def utility() -> Public[float]:
             self.put(state)

@@ -355,10 +355,26 @@ def test_many_different_events_are_admitted_by_renyi_alone(
     account = notes(small, 1.5)
     with refused(ExitCode.BUDGET_EXHAUSTED):
         for number in range(200):
-            small.reserve(account, claim(number, event=Gaussian(10.0 + number / 100)))
+            small.reserve(account, claim(number, event=PoissonGaussian(0.9, 6 + number / 100)))
     groups = small.groups(account)
     assert len(groups) > 3
     assert accounting.spent(groups, DELTA, ADD).epsilon <= 1.5
+
+
+def test_many_different_events_without_sampling_are_a_filter_of_their_own(
+    small: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sum of 1 / z^2 admits more than Renyi does, and takes no time."""
+    monkeypatch.setattr(ledger_admission, "MOST_EVENTS", 3)
+    account = notes(small, 1.5)
+    with refused(ExitCode.BUDGET_EXHAUSTED):
+        for number in range(200):
+            small.reserve(account, claim(number, event=Gaussian(10.0 + number / 100)))
+    groups = small.groups(account)
+    found = accounting.spent(groups, DELTA, ADD)
+    assert found.epsilon <= 1.5 < found.epsilon_rdp
+    one_more = groups | {Gaussian(10.0 + len(groups) / 100): 1}
+    assert accounting.spent(one_more, DELTA, ADD).epsilon > 1.5
 
 
 def test_the_same_statements_at_every_round(small: Ledger) -> None:
