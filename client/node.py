@@ -262,7 +262,14 @@ class Node:
                 f"the owner's policy does not allow: {'; '.join(filter(None, problems))}",
                 hint="the owner decides: --policy", code=ExitCode.PRIVACY,
             )  # fmt: skip
+        charged = [one.charge for one in promises(config)]
         config = within(self.policy, config)
+        if [one.charge for one in promises(config)] != charged:
+            raise FedtuneError(
+                "the owner's limits would change what a round is charged as",
+                hint="both ends must keep one account: ask for terms with another epsilon",
+                code=ExitCode.PRIVACY,
+            )  # fmt: skip
         folder = self._folder(job)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         worker = worker_for(config, folder)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -14,6 +14,7 @@ from fedtune.client.private_steps import tune_privately
 from fedtune.client.private_zo import mezo_privately
 from fedtune.config import Config
 from fedtune.data import Encoded
+from fedtune.errors import ExitCode, FedtuneError
 from fedtune.privacy.noise import NoiseSource
 from fedtune.privacy.per_example import PerExample
 from fedtune.privacy.plan import Promise
@@ -112,5 +113,19 @@ def by_probes(given: PrivateRound, model: nn.Module, clip_norm: float) -> tuple[
 
 
 def norm_of(state: State, promise: Promise) -> float:
-    """Return the clip norm that the last round by forward passes left, or that of the settings."""
-    return float(state.get("clip_norm", np.array(promise.settings.clip_norm)))
+    """Return the clip norm that the last round by forward passes left, or that of the settings.
+
+    Raises
+    ------
+    FedtuneError
+        ``ExitCode.RESUME_REFUSED``: what was left is no clip norm.
+    """
+    if "clip_norm" not in state:
+        return promise.settings.clip_norm
+    left = state["clip_norm"].ravel()  # a file knows no number without a place
+    if left.size != 1 or not 0.0 < float(left[0]) < math.inf:
+        raise FedtuneError(
+            f"clip_norm={left.tolist()!s:.80} in the state of this client",
+            hint="restore it from a backup, or begin a new run", code=ExitCode.RESUME_REFUSED,
+        )  # fmt: skip
+    return float(left[0])

@@ -327,7 +327,7 @@ class Worker:
         # for a policy that cannot go on.
         placed = self._put(index, task.tensors, task.round - 1) if config.tuning.seeded else None
         state = recall_policy(home, task.round) if home else {}
-        policy = None
+        policy, norm = None, norm_of(state, promise)
         if config.tuning.by_gradient:
             model = self._model()
             utility = utility_of(config, self.base, self.public, model)
@@ -335,7 +335,7 @@ class Worker:
         reservation = guard.reserve(shard.name, task, facts)
         encoded = self._encode(shard, held=False)
         kept = home if config.tuning.keep_optimizer else None
-        optim, norm = None, norm_of(state, promise)
+        optim = None
         rows: list[dict[str, Any]] = []
         given = PrivateRound(
             config, promise, shard.name, task, encoded, source, self.base.pad_id

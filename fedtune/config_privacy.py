@@ -60,14 +60,14 @@ class RldpConfig(BaseModel):
     steps, minibatches of 4, 2 updates), and ``mode = "online"``."""
     sensing: float = Field(default=0.01, ge=0.0, lt=0.2)
     """Share of each release's privacy for clip bits and a loss; 1 % is 0.5 % more noise."""
-    loss_clip: float = Field(default=8.0, gt=0.0)
+    loss_clip: float = Field(default=8.0, ge=1e-3, le=1e3)
     """Losses are clamped to [0, this] nats before they are added up."""
     reward: Literal["loss", "public", "held-out"] = "loss"
     """What it learns from: the noisy training loss, ``public`` text, or the loss of a part of
     the rows that is kept out of training (parallel composition, no further epsilon)."""
     public: str = ""
     """``reward = "public"``: a file of public text in the format of ``[data]``."""
-    held_out: float = Field(default=0.05, gt=0.0, lt=0.5)
+    held_out: float = Field(default=0.05, ge=1e-3, lt=0.5)
     """``reward = "held-out"``: share of the rows, chosen by a hash of each row."""
     interval: int = Field(default=0, ge=0)
     """Steps between decisions; 0: a fortieth of all steps."""
@@ -81,6 +81,9 @@ class RldpConfig(BaseModel):
     precision with sampling (docs/rldp.md)."""
     spread: float = Field(default=0.1, gt=0.0, lt=0.5)
     """``order``, ``filtered``: how far the noise moves, as a share of it."""
+    order: float = Field(default=0.0, ge=0.0, le=1024.0)
+    """``filtered``: order of the Renyi filter. 0: the best one is found, once, before anybody is
+    asked; then it is written here, so that both ends keep the same filter."""
 
     @model_validator(mode="after")
     def _fits(self) -> RldpConfig:
@@ -88,6 +91,10 @@ class RldpConfig(BaseModel):
             raise ValueError("rldp.reward='public' and rldp.public (a file) belong together")
         if self.preset == "paper" and self.mode != "online":
             raise ValueError("rldp.preset='paper' learns during the run: rldp.mode='online'")
+        if 0.0 < self.sensing < 1e-6:
+            raise ValueError(f"rldp.sensing={self.sensing:g}: use 0, or 1e-6 and more")
+        if self.order and self.noise != "filtered":
+            raise ValueError("rldp.order is that of a filter: rldp.noise='filtered'")
         if self.reward == "loss" and not self.sensing:
             raise ValueError("rldp.reward='loss' needs rldp.sensing above 0: the loss is a sensor")
         return self
@@ -177,6 +184,8 @@ class ClientPrivacyConfig(BaseModel):
         _target(self.epsilon, self.noise_multiplier, self.delta, self.population)
         _rldp_fits(self.clip, self.rldp, self.constant)
         rldp = self.rldp or RldpConfig()
+        if self.clip == "automatic":
+            raise ValueError("clip='automatic' scales gradients; for updates use clip='flat'")
         if self.clip == "rldp" and rldp.mode == "federated":
             raise ValueError("rldp.mode='federated' is for [privacy.example]: here is one policy")
         if self.clip == "rldp" and rldp.reward != "public":
@@ -187,7 +196,7 @@ class ClientPrivacyConfig(BaseModel):
         if rldp.noise == "order":
             raise ValueError(
                 "rldp.noise='order' is for [privacy.example]: here a round is one release, and "
-                "there is nothing to order; use rldp.noise='constant' or 'filtered'"
+                "there is nothing to order; use rldp.noise='constant'"
             )
         if rldp.noise == "filtered" and self.sampler == "truncated-poisson":
             raise ValueError(

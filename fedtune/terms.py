@@ -17,6 +17,7 @@ from fedtune.config import Config, EngineConfig
 from fedtune.configfile import parse
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.privacy.plan import resolve
+from fedtune.privacy.rldp.public import same_text
 
 __all__ = ["MOST_BYTES", "Own", "accept", "check_length", "digest_of", "leaving", "propose"]
 
@@ -211,7 +212,7 @@ def _public(proposed: object, own: Own) -> str:
             code=ExitCode.CONFIG,
         )
     found = str(Path(str(given)).expanduser().resolve())
-    if found == str(Path(own.source).resolve()):
+    if same_text(found, own.source):
         raise FedtuneError(
             "data.public of the policy is the private text itself",
             hint="name a file that anybody may have", code=ExitCode.PRIVACY,

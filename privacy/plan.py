@@ -330,9 +330,14 @@ def resolve(config: Config) -> Config:
     for name, promise in (("example", example_promise(config)), ("client", client_promise(config))):
         if promise is None:
             continue
+        _require_one_charge(promise)
         require_delta(promise.delta, promise.settings.population)
         _require_kept(promise)
-        found = {"noise_multiplier": promise.mechanism.noise_multiplier}
+        found: dict[str, object] = {"noise_multiplier": promise.mechanism.noise_multiplier}
+        rldp, order = promise.settings.rldp, promise.moving.order
+        if rldp is not None and order:
+            # The best order depends on epsilon, which an owner may lower at a client.
+            found["rldp"] = rldp.model_copy(update={"order": order})
         update[name] = promise.settings.model_copy(update=found)
     return config.model_copy(update={"privacy": config.privacy.model_copy(update=update)})
 
@@ -385,7 +390,7 @@ def _course(
     return Course(
         rldp.noise if rldp else "constant", rldp.spread if rldp else 0.0, unit, sampler,
         Relation(settings.relation), getattr(settings, "noise", "gaussian") == "laplace",
-        releases, rounds, settings.epsilon, settings.delta,
+        releases, rounds, settings.epsilon, settings.delta, rldp.order if rldp else 0.0,
     )  # fmt: skip
 
 
@@ -395,6 +400,19 @@ def _found(course: Course) -> float:
         course.epsilon, course.delta, course.relation, course.at(1.0).count * course.rounds,
         lambda z: course.at(z).event,
     )  # fmt: skip
+
+
+def _require_one_charge(promise: Promise) -> None:
+    """Refuse noise that is chosen round by round: a ledger would hold what it happened to cost.
+
+    A filter promises its whole budget, of which other jobs and a live view would know nothing.
+    """
+    if promise.chosen_late:
+        raise FedtuneError(
+            "privacy.client.rldp.noise='filtered': the ledger cannot hold a filter over rounds",
+            hint="use noise='constant' for whole clients; examples may have 'filtered'",
+            code=ExitCode.PRIVACY,
+        )
 
 
 def _require_kept(promise: Promise) -> None:

@@ -63,8 +63,8 @@ def store(folder: RunFolder, state: State, keep: int) -> None:
         "first": state.moments.first,
         "second": state.moments.second,
         "history": state.history,
-        "policy": {name: np.ascontiguousarray(v) for name, v in state.policy.items()},
-        "learner": {name: np.ascontiguousarray(v) for name, v in state.learner.items()},
+        "policy": {name: np.asarray(v, order="C") for name, v in state.policy.items()},
+        "learner": {name: np.asarray(v, order="C") for name, v in state.learner.items()},
         "chain": write_chain(state.chain) if state.chain else {},
     }
     flat = {f"{part}:{name}": v for part, tensors in parts.items() for name, v in tensors.items()}

@@ -105,7 +105,9 @@ def facts_of(tuned: Tuned, folder: RunFolder, ended: Ended = "finished") -> Fact
     insecure = config.privacy.insecure_seeded_noise
     ran = tuple(_ran(tuned, promise, rounds) for promise in promises(config))
     covered = ["the model of every round, and what is computed from it"]
-    if any(one.clip.policy is not None for one in ran):
+    # Beside a promise about clients, the choices of single clients are nobody's to see.
+    whole = [one for one in ran if one.unit is Unit.CLIENT] or ran
+    if any(one.clip.policy is not None for one in whole):
         covered.append("what the clipping policy chose: it follows from those releases")
     return Facts(
         name=config.name,

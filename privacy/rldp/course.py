@@ -81,6 +81,8 @@ class Course:
         Releases in a round, rounds.
     epsilon, delta : float
         Target of the whole run; epsilon 0: there is none.
+    order : float
+        Of the Renyi filter, where it was fixed; 0: the best one.
 
     Examples
     --------
@@ -101,6 +103,7 @@ class Course:
     rounds: int
     epsilon: float
     delta: float
+    order: float = 0.0
 
     def at(self, noise_multiplier: float) -> Moving:
         """Return what a round is with noise of this size.
@@ -140,7 +143,9 @@ def _moving(course: Course, z: float) -> Moving:
         return Moving(event, course.releases, low, high)
     times = course.releases * course.rounds
     ends = (low, z, high)
-    order = filter_order(q, ends, times, course.delta, course.relation, course.epsilon)
+    order = course.order or filter_order(
+        q, ends, times, course.delta, course.relation, course.epsilon
+    )
     one = cost_in_filter(q, z, order, course.relation)
     whole = one if course.releases == 1 else math.nextafter(course.releases * one, math.inf)
     return Moving(RenyiFiltered(order, whole), 1, low, high, order)

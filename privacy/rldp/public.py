@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from torch import nn
 
@@ -15,7 +16,7 @@ from fedtune.models import Base
 from fedtune.privacy.rldp.policy import Utility
 from fedtune.privacy.rldp.sight import Public
 
-__all__ = ["encode_public", "utility_of"]
+__all__ = ["encode_public", "same_text", "utility_of"]
 
 _EXAMPLES = 64
 _WORST = 1e3  # nats
@@ -33,7 +34,7 @@ def encode_public(
     """
     if settings is None or not settings.public:
         return None
-    if settings.public == config.data.source:
+    if same_text(settings.public, config.data.source):
         raise FedtuneError(
             "rldp.public is data.source: the private rows",
             hint="name a file of text that anybody may have", code=ExitCode.PRIVACY,
@@ -46,6 +47,24 @@ def encode_public(
             hint="it has the format of [data]", code=ExitCode.DATA,
         )  # fmt: skip
     return found
+
+
+def same_text(public: str, private: str) -> bool:
+    """Say whether two names are of one text, one inside the other, or one data set of a hub.
+
+    Examples
+    --------
+    >>> same_text("./notes.jsonl", "notes.jsonl"), same_text("hub:x:plain", "hub:x")
+    (True, True)
+    >>> same_text("public.jsonl", "notes.jsonl")
+    False
+    """
+    if ":" in public or ":" in private:
+        return public.split(":")[:2] == private.split(":")[:2]
+    one, two = (Path(name).expanduser().resolve() for name in (public, private))
+    if one.exists() and two.exists() and one.samefile(two):
+        return True
+    return one.is_relative_to(two) or two.is_relative_to(one)
 
 
 def utility_of(

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_args
 
 from fedtune.errors import ExitCode, FedtuneError
+from fedtune.privacy.events import Event
 
 __all__ = ["Public", "Released", "require_sight", "unseal"]
 
@@ -46,7 +47,11 @@ class Released(Generic[T]):
     def __init__(self, value: T, seal: object = None) -> None:
         if seal is not _SEAL:
             raise _refused("a value is 'Released' only when a mechanism has released it")
-        self.value: T = value
+        self.value: T
+        object.__setattr__(self, "value", value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise _refused(f"a released value stays as it is: {name}")
 
     def map(self, function: Callable[[T], S]) -> Released[S]:
         """Return what a function makes of it: post-processing costs nothing.
@@ -87,7 +92,11 @@ class Public(Generic[T]):
                 raise _refused(f"a {type(one).__name__} is not public")
             if isinstance(one, float) and not math.isfinite(one):
                 raise _refused(f"a public number is finite, not {one}")
-        self.value: T = value
+        self.value: T
+        object.__setattr__(self, "value", value)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise _refused(f"a public value stays as it is: {name}")
 
 
 def unseal(value: T, *, by: object) -> Released[T]:
@@ -98,7 +107,8 @@ def unseal(value: T, *, by: object) -> Released[T]:
     FedtuneError
         The caller is no mechanism.
     """
-    if not callable(getattr(by, "release", None)):
+    # A stand-in that records (replay.py) has the event of its mechanism.
+    if not isinstance(getattr(by, "event", None), get_args(Event)):
         raise _refused(f"'{type(by).__name__}' releases nothing")
     return Released(value, _SEAL)
 

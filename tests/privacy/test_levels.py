@@ -419,6 +419,17 @@ def test_the_ledger_is_the_filter_of_rounds_without_sampling(seed: int, small: L
     assert sum(small.groups(account).values()) == len(taken)
 
 
+@pytest.mark.parametrize("epsilon", [0.0, 50.0])
+def test_the_filter_at_the_server_ends_where_the_plan_does(epsilon: float, small: Ledger) -> None:
+    """Nodes charge the plan beforehand: the server may not spend more, whatever its target."""
+    made = promise("filtered", "client", sampler="everyone", epsilon=epsilon, noise_multiplier=3.0)
+    assert made.limit == (made.spent().epsilon, made.delta)
+    account = small.account("notes", Unit.CLIENT, ADD)
+    rounds = (n for n in range(1, 99) if not admitted(small, account, made.charge, n, made))
+    assert next(rounds) == 6
+    assert small.spent(account, made.delta) == made.spent()
+
+
 def test_the_ledger_is_the_filter_of_rounds_with_sampling(small: Ledger) -> None:
     made = promise("filtered", "client")
     account = small.account("notes", Unit.CLIENT, ADD)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,13 +13,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedtune.config import Config
+from fedtune.config_privacy import RldpConfig
 from fedtune.errors import FedtuneError
 from fedtune.privacy.events import Relation, Unit
 from fedtune.privacy.mechanism import Block, Mechanism
 from fedtune.privacy.noise import InsecureSeededNoise, SecureNoise
+from fedtune.privacy.plan import example_promise, resolve
 from fedtune.privacy.replay import Stage
 from fedtune.privacy.replay_checks import Finding, audit, neighbours
 from fedtune.privacy.rldp.joint import Collected, bits_deviation, clamped
+from fedtune.privacy.rldp.public import same_text
 from fedtune.privacy.rldp.shape import Sensing, Shape, flat, isotropic, mechanism_blocks
 from fedtune.privacy.rldp.sight import Public, Released, require_sight, unseal
 from fedtune.privacy.sampling import Everyone, Poisson
@@ -59,7 +65,7 @@ def test_what_is_made_of_released_values_is_released() -> None:
     made = unseal(2.0, by=_mechanism()).map(lambda x: x + 1)
     assert isinstance(made, Released)
     assert require_sight(made) == 3.0
-    with pytest.raises(AttributeError):
+    with pytest.raises(FedtuneError, match="stays as it is"):
         made.other = 1  # type: ignore[attr-defined]
 
 
@@ -246,3 +252,87 @@ def test_the_square_root_of_n_is_caught_in_a_copy_without_the_check(
     assert {finding.check for finding in found} >= {"sensitivity", "declared"}
     apart = [f for f in found if f.check == "sensitivity" and "together 3.46" in f.detail]
     assert apart, [Finding.__repr__(f) for f in found]  # sqrt(12)
+
+
+# ---------------------------------------------------------------- what a review found
+
+
+def test_values_that_a_policy_may_see_stay_as_they_are() -> None:
+    for one in (Public(0.5), unseal(0.5, by=_mechanism())):
+        with pytest.raises(FedtuneError, match="stays as it is"):
+            one.value = 1.0
+        assert require_sight(one) == 0.5
+
+
+def test_what_has_a_release_and_is_no_mechanism_releases_nothing() -> None:
+    with pytest.raises(FedtuneError, match="releases nothing"):
+        unseal(0.5, by=threading.Lock())
+
+
+def test_private_text_under_another_name_is_not_public(tmp_path: Path) -> None:
+    private = tmp_path / "notes" / "all.jsonl"
+    private.parent.mkdir()
+    private.write_text("{}")
+    (tmp_path / "link.jsonl").symlink_to(private)
+    for name in (private, private.parent, tmp_path / "notes" / ".." / "notes" / "all.jsonl",
+                 tmp_path / "link.jsonl"):  # fmt: skip
+        assert same_text(str(name), str(private))
+        assert same_text(str(private), str(name))
+    assert not same_text(str(tmp_path / "other.jsonl"), str(private))
+    assert same_text("hub:x", "hub:x:plain")
+    assert not same_text("hub:y", "hub:x")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("loss_clip", 1e300), ("loss_clip", 1e-30), ("held_out", 1e-320), ("sensing", 1e-300)],
+)
+def test_settings_that_only_a_release_would_refuse_are_refused_before_a_charge(
+    name: str, value: float
+) -> None:
+    with pytest.raises(ValueError, match=name):
+        RldpConfig.model_validate({name: value, "reward": "held-out"})
+
+
+def _filtered(**example: Any) -> Config:
+    told = {"relation": "add-or-remove-one", "population": 3200, "delta": 1e-5, "clip": "rldp",
+            "rldp": {"noise": "filtered", "spread": 0.3, "mode": "online"}}  # fmt: skip
+    return Config.model_validate({
+        "data": {"pack": False, "holdout": 0.0}, "evaluation": {"clients": 0},
+        "tuning": {"batch_size": 32, "steps": 40},
+        "federation": {"weighting": "uniform", "rounds": 10},
+        "privacy": {"example": told | example},
+    })  # fmt: skip
+
+
+def test_an_owners_lower_epsilon_leaves_the_filter_as_it_was_agreed() -> None:
+    agreed = resolve(_filtered(noise_multiplier=1.2))
+    example = agreed.privacy.example
+    assert example is not None
+    assert example.rldp is not None
+    assert example.rldp.order > 1.0
+    first = example_promise(agreed)
+    lower = example.model_copy(update={"epsilon": 8.0})
+    privacy = agreed.privacy.model_copy(update={"example": lower})
+    second = example_promise(agreed.model_copy(update={"privacy": privacy}))
+    assert first is not None
+    assert second is not None
+    assert first.charge == second.charge
+    free = _filtered(noise_multiplier=1.2, epsilon=8.0)  # without the order that was agreed
+    third = example_promise(free)
+    assert third is not None
+    assert third.charge != first.charge
+
+
+def test_a_filter_over_rounds_is_refused_where_the_ledger_would_hold_less() -> None:
+    config = Config.model_validate({
+        "data": {"pack": False, "holdout": 0.0}, "evaluation": {"clients": 0},
+        "federation": {"weighting": "uniform", "rounds": 5, "cohort": 10},
+        "privacy": {"client": {
+            "relation": "add-or-remove-one", "population": 100, "delta": 1e-4, "epsilon": 4.0,
+            "clip": "rldp",
+            "rldp": {"noise": "filtered", "mode": "online", "reward": "public",
+                     "public": "fedtune:stdlib"}}},
+    })  # fmt: skip
+    with pytest.raises(FedtuneError, match="cannot hold a filter"):
+        resolve(config)

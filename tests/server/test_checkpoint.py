@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,6 +48,24 @@ def test_a_state_comes_back_whole(tmp_path: Path) -> None:
     again = latest(folder, "f" * 64)
     assert again is not None
     assert (again.round, again.residual, again.moments) == (8, {}, Moments())
+
+
+def test_what_policies_remember_comes_back_whole(tmp_path: Path) -> None:
+    """Numbers without a place, strided arrays and nothing at all among them."""
+    kept: dict[str, Any] = {
+        "one": np.array(1 / 3), "turned": np.arange(6.0).reshape(2, 3).T,
+        "none": np.zeros((0, 4), np.float32), "a:b": np.arange(3, dtype=np.int64),
+        "bytes": np.arange(5, dtype=np.uint8),
+    }  # fmt: skip
+    folder = RunFolder(tmp_path)
+    store(folder, State(1, {}, "f" * 64, policy=kept, learner=kept | {"more": kept["one"]}), 2)
+    found = latest(folder, "f" * 64)
+    assert found is not None
+    assert found.learner.keys() == {*kept, "more"}
+    for part in (found.policy, found.learner):
+        for name, value in kept.items():
+            assert (part[name].shape, part[name].dtype) == (value.shape, value.dtype)
+            assert np.array_equal(part[name], value)
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
