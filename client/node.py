@@ -36,7 +36,7 @@ from fedtune.privacy.events import Charge, Event, Unit
 from fedtune.privacy.ledger import Account, Claim, Ledger, open_ledger
 from fedtune.privacy.ledger_records import Kind
 from fedtune.privacy.plan import Promise, example_promise, promises
-from fedtune.terms import Own, accept, check_length, digest_of
+from fedtune.terms import Own, accept, check_length, digest_of, leaving
 from fedtune.wire import (
     BUDGET,
     KINDS,
@@ -171,6 +171,7 @@ class Node:
         """Return words in which nothing says where on this machine things are."""
         own = self.own
         places = {own.source, own.ledger, own.model, own.body_root, own.body_key, str(self.home)}
+        places.add(str(own.data.get("public", "")))
         places |= {str(Path(place).parent) for place in places if place}
         for place in sorted(places - {"", ".", "/"}, key=len, reverse=True):
             words = words.replace(place, "...")
@@ -439,8 +440,9 @@ def _promise(config: Config) -> str:
     made = promises(config)
     if not made:
         return "no privacy is promised"
-    return "; ".join(
+    said = "; ".join(
         f"epsilon at most {promise.spent().epsilon:.3g} for each {promise.unit.value}, "
         f"delta {promise.delta:g}, {promise.rounds} rounds"
         for promise in made
     )
+    return "; ".join((said, *(f"beside the update leaves {words}" for words in leaving(config))))

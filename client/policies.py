@@ -28,7 +28,7 @@ def recall(home: Path, number: int) -> State:
 
 def keep(home: Path, number: int, state: Mapping[str, Any], committed: int) -> None:
     """Save what round ``number`` left; older than the last durable round is not needed."""
-    arrays = {name: np.ascontiguousarray(value) for name, value in state.items()}
+    arrays = {name: np.asarray(value, order="C") for name, value in state.items()}
     write_atomic(home / f"policy-{number:06d}.safetensors", save(arrays))
     durable = [path for r, path in _kept(home) if r <= committed]
     for old in durable[:-1]:

@@ -194,6 +194,13 @@ def _with_paths(config: Config, base: Path) -> Config:
     if privacy.ledger and "://" not in privacy.ledger:
         ledger = _resolve(privacy.ledger, base)
         privacy = privacy.model_copy(update={"ledger": ledger})
+    for unit in ("example", "client"):
+        promised = getattr(privacy, unit)
+        if promised is not None and promised.rldp is not None and promised.rldp.public:
+            public = _resolve(promised.rldp.public, base)
+            rldp = promised.rldp.model_copy(update={"public": public})
+            promised = promised.model_copy(update={"rldp": rldp})
+            privacy = privacy.model_copy(update={unit: promised})
     server = config.federation.server
     places = {name: _resolve(getattr(server, name), base) for name in ("keys", "state")}
     if server.status_token:

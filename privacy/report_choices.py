@@ -114,7 +114,7 @@ class Choices(BaseModel):
         --------
         >>> row = Decided(step=0, noise=2.0, norms=(3.0,), shares=(0.25,))
         >>> Choices(sensing=0.19, blocks=("all",), clients=1, courses=()).deviations(row)
-        (13.333333333333332,)
+        (13.333333333333334,)
         """
         z = row.noise / (1.0 - self.sensing) ** 0.5
         return tuple(

@@ -86,7 +86,10 @@ def _judged(policy: Path | None, home: Path) -> str:
     if not last.is_file():
         return "reads well; no experiment was proposed here yet"
     proposed = json.loads(last.read_text(encoding="utf-8"))
-    own = Own(home.stem, str(home), rules.dataset or "text", str(home / "ledger.db"), str(home))
+    own = Own(
+        home.stem, str(home), rules.dataset or "text", str(home / "ledger.db"), str(home),
+        rules.data,
+    )  # fmt: skip
     if problems := judge(rules, accept(proposed["terms"], own)):
         raise FedtuneError(
             f"does not allow '{proposed['job']}': {'; '.join(problems)}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,3 +162,37 @@ def test_what_does_not_go_together_is_refused(case: str) -> None:
 )
 def test_what_goes_together_is_taken(tables: dict[str, Any]) -> None:
     config(**tables)
+
+
+def test_public_text_is_found_beside_the_experiment(tmp_path: Path) -> None:
+    from fedtune.configfile import load
+
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    file = folder / "one.toml"
+    file.write_text(
+        """schema = 1
+[data]
+source = "notes.jsonl"
+pack = false
+holdout = 0.0
+[evaluation]
+clients = 0
+[federation]
+weighting = "uniform"
+[privacy.example]
+relation = "add-or-remove-one"
+population = 400
+delta = 1e-5
+epsilon = 8.0
+clip = "rldp"
+[privacy.example.rldp]
+mode = "online"
+reward = "public"
+public = "open.jsonl"
+"""
+    )
+    example = load(file, []).privacy.example
+    assert example is not None
+    assert example.rldp is not None
+    assert example.rldp.public == str(folder / "open.jsonl")
