@@ -77,7 +77,8 @@ def ask_members(
 ) -> tuple[dict[int, int], Iterator[Answer[_Reply]]]:  # fmt: skip
     """Send ``task`` with the tensors of ``state``; return bytes for each node, and the answers."""
     sent = model_for(tuned, state, members, epochs)
-    learner = open_learner(tuned.config) if reply is Update else None
+    plain = tuned.weights is None and reply is Update
+    learner = open_learner(tuned.config) if plain else None
     more: Tensors = learner.told(state.learner) if learner else {}
     # Equal tasks are one object too: the link encodes it once.
     wholes = {id(some): replace(task, tensors=some | more) for some in sent.values()}

@@ -179,7 +179,7 @@ def test_noise_that_was_declared_too_small_is_found() -> None:
         event = PoissonGaussian(0.1, 1.0)
         denominator, margin = 1.0, 0.0
 
-        def release(self, sums, blocks, source):  # type: ignore[no-untyped-def]
+        def release(self, sums, blocks, source, apart=()):  # type: ignore[no-untyped-def]
             return {"x": np.asarray(source.normal(100) * blocks[0].sigma, np.float32)}
 
     def run(stage: Stage, data: object) -> None:
