@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -202,10 +203,8 @@ def open_store(target: str | Path, create: bool = True) -> Store:
         fresh = url.drivername == "sqlite" and _prepare_file(Path(where), create)
         store = Store(_engine(url), where)
         weakref.finalize(store, store.engine.dispose)
-        if fresh:  # not inside a transaction, and remembered by the file
-            plain = store.engine.raw_connection()
-            plain.cursor().execute("PRAGMA journal_mode=WAL")
-            plain.close()
+        if fresh:
+            _log_ahead(store)
         _require_tables(store, create)
     return store
 
@@ -322,6 +321,27 @@ def _prepare_file(path: Path, create: bool) -> bool:
     return True
 
 
+def _log_ahead(store: Store) -> None:
+    """Set the WAL mode, which the file remembers.
+
+    SQLite answers "locked" at once here, whatever its timeout, when another process is making
+    the same ledger: this waits in its place.
+    """
+    until = time.monotonic() + BUSY_SECONDS
+    plain = store.engine.raw_connection()
+    try:  # not inside a transaction
+        while True:
+            try:
+                plain.cursor().execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                    raise
+            time.sleep(0.01)
+    finally:
+        plain.close()
+
+
 def _require_tables(store: Store, create: bool) -> None:
     with store.reading() as db:
         found = set(inspect(db).get_table_names())
@@ -349,7 +369,7 @@ def _told(where: str) -> Iterator[None]:
     """Turn what the database says into an error that a person can act on."""
     try:
         yield
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, sqlite3.Error) as error:
         words = str(getattr(error, "orig", None) or error).strip().splitlines()
         raise FedtuneError(
             f"ledger '{where}': {words[0] if words else type(error).__name__}",

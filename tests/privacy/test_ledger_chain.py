@@ -319,6 +319,29 @@ def test_a_ledger_that_stays_busy_is_an_error(
     ledger.reserve(account, claim())
 
 
+def test_a_new_ledger_waits_for_who_makes_it_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ledger.db"
+    path.touch()
+    with contextlib.closing(
+        sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    ) as db:
+        db.execute("BEGIN IMMEDIATE")
+        with monkeypatch.context() as short:
+            short.setattr(ledger_store, "BUSY_SECONDS", 0.1)
+            with pytest.raises(FedtuneError, match="locked") as caught:
+                open_ledger(path)
+        assert caught.value.code == ExitCode.LEDGER
+        other = threading.Timer(0.3, db.execute, ["ROLLBACK"])
+        other.start()
+        ledger = open_ledger(path)
+        assert not db.in_transaction
+        other.join()
+    ledger.reserve(notes(ledger), claim())
+    assert path.with_name("ledger.db-wal").exists()
+
+
 def test_threads_share_a_ledger(ledger: Ledger) -> None:
     account, errors = notes(ledger, 5.0), []
 
