@@ -6,13 +6,12 @@ not committed, so a file is dropped only when a newer committed one exists.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save
 
-from fedtune.files import write_atomic
+from fedtune.files import numbered, numbered_name, write_atomic
 
 __all__ = ["recall", "remember"]
 
@@ -29,16 +28,15 @@ def recall(folder: Path, optim: torch.optim.Optimizer, *, before: int, committed
     committed : int
         Last durable round: older states than the newest one up to here are deleted.
     """
-    rounds = _rounds(folder)
-    for lost in [r for r in rounds if r >= before]:
-        _path(folder, lost).unlink(missing_ok=True)
-    usable = [r for r in rounds if r < before]
-    durable = [r for r in usable if r <= committed]
-    for old in durable[:-1]:
-        _path(folder, old).unlink(missing_ok=True)
+    known = numbered(folder, "round")
+    usable = {r: path for r, path in known.items() if r < before}
+    durable = [path for r, path in usable.items() if r <= committed]
+    lost = [path for r, path in known.items() if r >= before]
+    for path in lost + durable[:-1]:
+        path.unlink(missing_ok=True)
     if not usable:
         return
-    flat = load_file(_path(folder, usable[-1]))
+    flat = load_file(usable[max(usable)])
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in flat.items():
         index, _, key = name.partition(".")
@@ -56,13 +54,4 @@ def remember(folder: Path, optim: torch.optim.Optimizer, *, after: int) -> None:
         if isinstance(value, torch.Tensor)
     }
     if flat:
-        write_atomic(_path(folder, after), save(flat))
-
-
-def _rounds(folder: Path) -> list[int]:
-    names = (re.fullmatch(r"round-(\d+)\.safetensors", p.name) for p in folder.glob("round-*"))
-    return sorted(int(match.group(1)) for match in names if match)
-
-
-def _path(folder: Path, number: int) -> Path:
-    return folder / f"round-{number:06d}.safetensors"
+        write_atomic(folder / numbered_name("round", after), save(flat))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -70,35 +70,39 @@ class Steps:
     pad_id: int
     held: NDArray[np.bool_] | None = None
     held_share: float = 0.0
+    _parameters: dict[str, nn.Parameter] = field(init=False)
+    _device: torch.device = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._parameters = trainable(self.model)
+        self._device = next(iter(self._parameters.values())).device
 
     def take(self, number: int, noise_multiplier: float) -> Seen:
         """Take one step; the noise multiplier was booked before."""
         mechanism = self.mechanism
         if noise_multiplier != mechanism.noise_multiplier:
             mechanism = replace(mechanism, noise_multiplier=noise_multiplier)
-        parameters = trainable(self.model)
-        device = next(iter(parameters.values())).device
-        collected = self._collect(mechanism, parameters)
+        collected = self._collect()
         seen = collected.release(mechanism, self.source, number)
-        for name, parameter in parameters.items():
-            parameter.grad = torch.from_numpy(seen.means.value[name]).to(device)
+        for name, parameter in self._parameters.items():
+            parameter.grad = torch.from_numpy(seen.means.value[name]).to(self._device)
         self.optim.step()
         self.optim.zero_grad(set_to_none=True)
         self.policy.observe(seen)
         return seen
 
-    def _collect(self, mechanism: Mechanism, parameters: dict[str, nn.Parameter]) -> Collected:
+    def _collect(self) -> Collected:
         """Draw and add up; private."""
         shape, sensing = self.policy.shape(), self.policy.sensing
-        zeros = {name: np.zeros(tuple(p.shape)) for name, p in parameters.items()}
+        zeros = {name: np.zeros(tuple(p.shape)) for name, p in self._parameters.items()}
         collected = Collected(shape, sensing, zeros, self.held_share if sensing.held else 0.0)
-        # Of the watched mechanism, whose noise multiplier draws nothing.
+        # Not by the copy with another noise multiplier: whoever watches, watches this one.
         drawn = self.mechanism.draw(len(self.encoded.ids), self.source).tolist()
         apart: list[int] = []
         if sensing.held and self.held is not None:
             apart = [i for i in drawn if self.held[i]]
             drawn = [i for i in drawn if not self.held[i]]
-        for batch in self._batches(drawn, parameters):
+        for batch in self._batches(drawn):
             if shape.scales is None:
                 part = self.engine.clipped_sum(self._losses, batch, shape.rule)
             else:
@@ -108,19 +112,18 @@ class Steps:
             if isinstance(self.policy, Peeking):
                 self.policy.peek(part.norms, part.losses)
         with torch.no_grad():
-            for batch in self._batches(apart, parameters):
+            for batch in self._batches(apart):
                 collected.sense_held(self._losses(batch))
         return collected
 
     def _losses(self, batch: Any) -> torch.Tensor:
         return example_losses(self.model, batch, self.task)
 
-    def _batches(self, drawn: list[int], parameters: dict[str, nn.Parameter]) -> Any:
-        device = next(iter(parameters.values())).device
+    def _batches(self, drawn: list[int]) -> Any:
         # By length, so that little is padding; a sum has no order.
         ordered = sorted(drawn, key=lambda i: len(self.encoded.ids[i]))
         for batch in batches(self.encoded, ordered, self.batch_size, self.pad_id, self.task):
-            yield {name: value.to(device) for name, value in batch.items()}
+            yield {name: value.to(self._device) for name, value in batch.items()}
 
 
 def train_steps(
@@ -184,7 +187,7 @@ def tune_privately(
     pad_id: int,
     first: int = 0,
 ) -> list[dict[str, Any]]:
-    """Run one round of DP-SGD or DP-AdamW in place: ``promise.steps`` steps, or fewer.
+    """Run one round of DP-SGD or DP-AdamW in place: ``promise.releases`` steps, or fewer.
 
     Parameters
     ----------

@@ -20,6 +20,7 @@ from fedtune.config_privacy import (
 )
 from fedtune.config_server import SecureConfig, ServerConfig
 from fedtune.config_tuning import PoolConfig, ProbeConfig, SplitConfig, TuningConfig
+from fedtune.files import same_text
 from fedtune.prompt import TEMPLATE, split_template
 
 __all__ = [
@@ -358,7 +359,7 @@ def _policy(config: Config, promise: ExamplePrivacyConfig) -> list[tuple[bool, s
         (rldp.reward != "public" or not tuning.cut,
          "privacy.example.rldp.reward='loss' or 'held-out' with a cut model: a client has not "
          "the body that public text would be measured with"),
-        (not rldp.public or rldp.public != config.data.source,
+        (not rldp.public or not same_text(rldp.public, config.data.source),
          "an rldp.public that is not data.source: it is taken to be public"),
     ]  # fmt: skip
     if promise.clip != "rldp" or rldp.mode != "federated":
@@ -398,7 +399,7 @@ def _require_private(config: Config) -> None:
         (config.evaluation.clients == 0,
          "evaluation.clients=0: scores on private rows are releases; measure on a public file "
          "(data.eval)"),
-        (not data.eval or data.eval != data.source,
+        (not data.eval or not same_text(data.eval, data.source),
          "a data.eval that is not data.source: it is taken to be public"),
         (data.kind != "classification" or bool(data.labels),
          "data.labels: a label set found in the data is a release"),

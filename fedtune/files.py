@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,10 @@ from fedtune.errors import ExitCode, FedtuneError
 __all__ = [
     "Fresh",
     "append",
+    "numbered",
+    "numbered_name",
     "read_tensors",
+    "same_text",
     "storage",
     "try_lock",
     "write_atomic",
@@ -155,6 +159,39 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             hint="remove it to fall back to the one before",
             code=ExitCode.STORAGE,
         ) from error
+
+
+def numbered_name(prefix: str, number: int) -> str:
+    """Return the name of a file of tensors that is kept by round.
+
+    >>> numbered_name("round", 7)
+    'round-000007.safetensors'
+    """
+    return f"{prefix}-{number:06d}.safetensors"
+
+
+def numbered(folder: Path, prefix: str) -> dict[int, Path]:
+    """Return the files that `numbered_name` named, by number, in order."""
+    names = ((re.fullmatch(rf"{prefix}-(\d+)\.safetensors", p.name), p) for p in folder.glob("*"))
+    return dict(sorted((int(match[1]), path) for match, path in names if match))
+
+
+def same_text(public: str, private: str) -> bool:
+    """Say whether two names are of one text, one inside the other, or one data set of a hub.
+
+    Examples
+    --------
+    >>> same_text("./notes.jsonl", "notes.jsonl"), same_text("hub:x:plain", "hub:x")
+    (True, True)
+    >>> same_text("public.jsonl", "notes.jsonl")
+    False
+    """
+    if ":" in public or ":" in private:
+        return public.split(":")[:2] == private.split(":")[:2]
+    one, two = (Path(name).expanduser().resolve() for name in (public, private))
+    if one.exists() and two.exists() and one.samefile(two):
+        return True
+    return one.is_relative_to(two) or two.is_relative_to(one)
 
 
 def _sync_folder(folder: Path) -> None:

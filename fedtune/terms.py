@@ -16,8 +16,9 @@ from typing import Any
 from fedtune.config import Config, EngineConfig
 from fedtune.configfile import parse
 from fedtune.errors import ExitCode, FedtuneError
+from fedtune.files import same_text
 from fedtune.privacy.plan import resolve
-from fedtune.privacy.rldp.public import same_text
+from fedtune.privacy.rldp.travel import shared_policy
 
 __all__ = ["MOST_BYTES", "Own", "accept", "check_length", "digest_of", "leaving", "propose"]
 
@@ -117,9 +118,7 @@ def leaving(config: Config) -> tuple[str, ...]:
     >>> leaving(Config())
     ()
     """
-    example = config.privacy.example
-    rldp = example.rldp if example else None
-    if example is None or example.clip != "rldp" or rldp is None or rldp.mode != "federated":
+    if shared_policy(config) is None:
         return ()
     return (
         "what its clipping policy decided, saw of its own releases, and was rewarded with: made "

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save
 
 from fedtune.adapters import Tensors
 from fedtune.errors import ExitCode, FedtuneError
-from fedtune.files import read_tensors, write_atomic
+from fedtune.files import numbered, numbered_name, read_tensors, write_atomic
 from fedtune.pool.chain import Chain, read_chain, write_chain
 from fedtune.residual import Residual, join, split
 from fedtune.server.optimizer import Moments
@@ -69,9 +67,9 @@ def store(folder: RunFolder, state: State, keep: int) -> None:
     }
     flat = {f"{part}:{name}": v for part, tensors in parts.items() for name, v in tensors.items()}
     note = {"round": str(state.round), "fingerprint": state.fingerprint}
-    write_atomic(folder.checkpoints / f"round-{state.round:06d}.safetensors", save(flat, note))
-    for old in _rounds(folder)[:-keep]:
-        _path(folder, old).unlink(missing_ok=True)
+    write_atomic(folder.checkpoints / numbered_name("round", state.round), save(flat, note))
+    for old in list(numbered(folder.checkpoints, "round").values())[:-keep]:
+        old.unlink(missing_ok=True)
 
 
 def latest(folder: RunFolder, fingerprint: str) -> State | None:
@@ -82,10 +80,10 @@ def latest(folder: RunFolder, fingerprint: str) -> State | None:
     FedtuneError
         The checkpoint belongs to other base weights.
     """
-    rounds = _rounds(folder)
+    rounds = numbered(folder.checkpoints, "round")
     if not rounds:
         return None
-    flat, note = read_tensors(_path(folder, rounds[-1]))
+    flat, note = read_tensors(rounds[max(rounds)])
     if note.get("fingerprint") != fingerprint:
         raise FedtuneError(
             f"'{folder.path}' was tuned on another base model "
@@ -114,14 +112,3 @@ def latest(folder: RunFolder, fingerprint: str) -> State | None:
         parts["history"],
         parts["learner"],
     )
-
-
-def _path(folder: RunFolder, number: int) -> Path:
-    return folder.checkpoints / f"round-{number:06d}.safetensors"
-
-
-def _rounds(folder: RunFolder) -> list[int]:
-    names = (
-        re.fullmatch(r"round-(\d+)\.safetensors", p.name) for p in folder.checkpoints.glob("*")
-    )
-    return sorted(int(match.group(1)) for match in names if match)

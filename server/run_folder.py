@@ -15,7 +15,6 @@ import contextlib
 import csv
 import io
 import json
-import math
 import platform
 import secrets
 import time
@@ -30,7 +29,9 @@ from typing import Any
 from fedtune.config import Config
 from fedtune.configfile import difference, dumps, parse
 from fedtune.errors import ExitCode, FedtuneError
-from fedtune.files import append, storage, try_lock, write_atomic, write_json
+from fedtune.files import storage, try_lock, write_atomic, write_json
+from fedtune.jsonlines import add_rows, read_rows, write_rows
+from fedtune.privacy.rldp import DECISIONS
 
 __all__ = ["METRICS", "RunFolder", "create", "find", "list_runs", "reopen"]
 
@@ -45,10 +46,6 @@ METRICS = (
 
 _STOP = "stop"
 _PACKAGES = ("fedtune", "flwr", "torch", "transformers", "peft", "numpy", "safetensors")
-
-
-DECISIONS = "decisions.jsonl"
-"""What a clipping policy chose: the server's in the run's folder, a client's in its own."""
 
 
 @dataclass(frozen=True)
@@ -151,32 +148,31 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read one mapping per recorded round, oldest first."""
-        return _read_lines(self.path / "metrics.jsonl")
+        return read_rows(self.path / "metrics.jsonl")
 
     def client_rows(self) -> list[dict[str, Any]]:
         """Read one mapping per client and round."""
-        return _read_lines(self.path / "clients.jsonl")
+        return read_rows(self.path / "clients.jsonl")
 
     def append(self, row: Mapping[str, Any], clients: Iterable[Mapping[str, Any]]) -> None:
         """Record one round, before its checkpoint makes it count."""
-        append(self.path / "clients.jsonl", _lines(clients))
-        append(self.path / "metrics.jsonl", _lines([row]))
+        add_rows(self.path / "clients.jsonl", clients)
+        add_rows(self.path / "metrics.jsonl", [row])
         with storage(self.path / "metrics.csv"), (self.path / "metrics.csv").open("a") as file:
             file.write(_csv_row(row))
 
     def decided(self, number: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Record what the server's clipping policy chose for a round, if there is any."""
-        if lines := _lines({"round": number, **row} for row in rows):
-            append(self.path / DECISIONS, lines)
+        add_rows(self.path / DECISIONS, ({"round": number, **row} for row in rows))
 
     def decisions(self) -> dict[str, list[dict[str, Any]]]:
         """Read what clipping policies chose, by client; under ``""`` the server's own.
 
         A round that was tried again is there once, as it was last.
         """
-        found = {"": _read_lines(self.path / DECISIONS)}
+        found = {"": read_rows(self.path / DECISIONS)}
         for path in sorted((self.path / "clients").glob(f"*/{DECISIONS}")):
-            found[path.parent.name] = _read_lines(path)
+            found[path.parent.name] = read_rows(path)
         once = {
             name: {row["step"]: row for row in rows if isinstance(row.get("step"), int)}
             for name, rows in found.items()
@@ -187,11 +183,11 @@ class RunFolder:
         """Drop records of rounds after ``last``: their checkpoint never came to be."""
         kept = [row for row in self.metrics() if row["round"] <= last]
         clients = [r for r in self.client_rows() if r["round"] <= last]
-        write_atomic(self.path / "metrics.jsonl", _lines(kept))
-        write_atomic(self.path / "clients.jsonl", _lines(clients))
+        write_rows(self.path / "metrics.jsonl", kept)
+        write_rows(self.path / "clients.jsonl", clients)
         if (self.path / DECISIONS).exists():
-            decided = [r for r in _read_lines(self.path / DECISIONS) if r["round"] <= last]
-            write_atomic(self.path / DECISIONS, _lines(decided))
+            decided = [r for r in read_rows(self.path / DECISIONS) if r["round"] <= last]
+            write_rows(self.path / DECISIONS, decided)
         table = _csv_row(dict(zip(METRICS, METRICS, strict=True))) + "".join(map(_csv_row, kept))
         write_atomic(self.path / "metrics.csv", table.encode())
 
@@ -265,27 +261,6 @@ def find(name: str, root: Path) -> RunFolder:
     raise FedtuneError(
         f"no run '{name}' in '{root}'", hint="see: fedtune runs list", code=ExitCode.RUN_FOLDER
     )
-
-
-def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    return "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows).encode()
-
-
-def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Give null for what is no number: a diverged model must not end the run's record."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in row.items()
-    }
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read complete lines; a crash can leave half of a last one, which never counted."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    whole, _, _ = text.rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines() if line]
 
 
 def _csv_row(row: Mapping[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 from torch import nn
 
@@ -11,12 +10,13 @@ from fedtune.config import Config
 from fedtune.config_privacy import RldpConfig
 from fedtune.data import Encoded, encode, load_eval
 from fedtune.errors import ExitCode, FedtuneError
+from fedtune.files import same_text
 from fedtune.measure import measure
 from fedtune.models import Base
 from fedtune.privacy.rldp.policy import Utility
 from fedtune.privacy.rldp.sight import Public
 
-__all__ = ["encode_public", "same_text", "utility_of"]
+__all__ = ["encode_public", "utility_of"]
 
 _EXAMPLES = 64
 _WORST = 1e3  # nats
@@ -47,24 +47,6 @@ def encode_public(
             hint="it has the format of [data]", code=ExitCode.DATA,
         )  # fmt: skip
     return found
-
-
-def same_text(public: str, private: str) -> bool:
-    """Say whether two names are of one text, one inside the other, or one data set of a hub.
-
-    Examples
-    --------
-    >>> same_text("./notes.jsonl", "notes.jsonl"), same_text("hub:x:plain", "hub:x")
-    (True, True)
-    >>> same_text("public.jsonl", "notes.jsonl")
-    False
-    """
-    if ":" in public or ":" in private:
-        return public.split(":")[:2] == private.split(":")[:2]
-    one, two = (Path(name).expanduser().resolve() for name in (public, private))
-    if one.exists() and two.exists() and one.samefile(two):
-        return True
-    return one.is_relative_to(two) or two.is_relative_to(one)
 
 
 def utility_of(

@@ -11,7 +11,17 @@ import pytest
 from safetensors.numpy import save_file
 
 from fedtune.errors import ExitCode, FedtuneError
-from fedtune.files import Fresh, append, read_tensors, try_lock, write_atomic, write_json
+from fedtune.files import (
+    Fresh,
+    append,
+    numbered,
+    numbered_name,
+    read_tensors,
+    same_text,
+    try_lock,
+    write_atomic,
+    write_json,
+)
 
 _WRITE = """
 import json, resource, signal, sys
@@ -154,3 +164,27 @@ def test_a_damaged_file_is_a_storage_error(tmp_path: Path, damage: str) -> None:
         read_tensors(path)
     assert caught.value.code == ExitCode.STORAGE
     assert caught.value.hint
+
+
+def test_private_text_under_another_name_is_not_public(tmp_path: Path) -> None:
+    private = tmp_path / "notes" / "all.jsonl"
+    private.parent.mkdir()
+    private.write_text("{}")
+    (tmp_path / "link.jsonl").symlink_to(private)
+    for name in (private, private.parent, tmp_path / "notes" / ".." / "notes" / "all.jsonl",
+                 tmp_path / "link.jsonl"):  # fmt: skip
+        assert same_text(str(name), str(private))
+        assert same_text(str(private), str(name))
+    assert not same_text(str(tmp_path / "other.jsonl"), str(private))
+    assert same_text("hub:x", "hub:x:plain")
+    assert not same_text("hub:y", "hub:x")
+
+
+def test_files_by_round_are_found_in_their_order(tmp_path: Path) -> None:
+    for name in ("round-000010", "round-000009", "policy-000011", "round-1000000", "round-x"):
+        (tmp_path / f"{name}.safetensors").touch()
+    (tmp_path / ".round-000012.safetensors.half").touch()
+    found = numbered(tmp_path, "round")
+    assert list(found) == [9, 10, 1_000_000]
+    assert all(path.name == numbered_name("round", number) for number, path in found.items())
+    assert numbered(tmp_path / "nowhere", "round") == {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from fedtune.privacy.plan import example_promise, resolve
 from fedtune.privacy.replay import Stage
 from fedtune.privacy.replay_checks import Finding, audit, neighbours
 from fedtune.privacy.rldp.joint import Collected, bits_deviation, clamped
-from fedtune.privacy.rldp.public import same_text
 from fedtune.privacy.rldp.shape import Sensing, Shape, flat, isotropic, mechanism_blocks
 from fedtune.privacy.rldp.sight import Public, Released, require_sight, unseal
 from fedtune.privacy.sampling import Everyone, Poisson
@@ -267,20 +265,6 @@ def test_values_that_a_policy_may_see_stay_as_they_are() -> None:
 def test_what_has_a_release_and_is_no_mechanism_releases_nothing() -> None:
     with pytest.raises(FedtuneError, match="releases nothing"):
         unseal(0.5, by=threading.Lock())
-
-
-def test_private_text_under_another_name_is_not_public(tmp_path: Path) -> None:
-    private = tmp_path / "notes" / "all.jsonl"
-    private.parent.mkdir()
-    private.write_text("{}")
-    (tmp_path / "link.jsonl").symlink_to(private)
-    for name in (private, private.parent, tmp_path / "notes" / ".." / "notes" / "all.jsonl",
-                 tmp_path / "link.jsonl"):  # fmt: skip
-        assert same_text(str(name), str(private))
-        assert same_text(str(private), str(name))
-    assert not same_text(str(tmp_path / "other.jsonl"), str(private))
-    assert same_text("hub:x", "hub:x:plain")
-    assert not same_text("hub:y", "hub:x")
 
 
 @pytest.mark.parametrize(

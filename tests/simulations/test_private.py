@@ -196,6 +196,7 @@ def test_v24_a_client_sends_no_figures_and_refuses_to_evaluate(
         ({"data__max_rows": 5}, "max_rows"),
         ({"tuning__dropout": 0.1}, "dropout"),
         ({"data__eval": "rows.jsonl"}, "data.eval"),
+        ({"data__eval": "./rows.jsonl"}, "data.eval"),
         ({"privacy__example": EXAMPLE | {"delta": 0.2}}, "delta"),
         ({"privacy__example": {k: v for k, v in EXAMPLE.items() if k != "relation"}}, "relation"),
         ({"privacy__example": EXAMPLE | {"relation": "replace-one"}}, "relation"),
