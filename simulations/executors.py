@@ -24,6 +24,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedtune.simulations.channel import Channel
+from fedtune.simulations.workshop import workshop
 
 __all__ = ["Executor", "ProcessExecutor", "ThreadExecutor", "context_of"]
 
@@ -177,7 +178,7 @@ class ProcessExecutor:
                 process.kill()
 
     def _spawn(self, slot: int) -> Channel:
-        context = multiprocessing.get_context("spawn")
+        context = workshop()
         here, there = context.Pipe()
         channel = Channel(here)
         given = (there, channel.name, self.make_app)

@@ -291,12 +291,12 @@ def stop(
 def _simulate(
     out: Out, file: Path | None, override: list[str], resume: str | None, seed: int | None
 ) -> None:
+    overrides = [*override, *([f"seed={seed}"] if seed is not None else [])]
+    config, folder = _open(out, file, overrides, resume)
     from fedtune.cli.progress import following
     from fedtune.server.loggers import open_loggers
     from fedtune.simulations.simulate import simulate as run_simulation
 
-    overrides = [*override, *([f"seed={seed}"] if seed is not None else [])]
-    config, folder = _open(out, file, overrides, resume)
     out.say("loading model and data, then measuring the base model ...")
     with following(config, out.people) as watch, open_loggers(config, folder) as log:
         federation = run_simulation(config, folder, _both(watch, log))
@@ -310,12 +310,10 @@ def _simulate(
 
 def _open(out: Out, file: Path | None, overrides: list[str], resume: str | None) -> Any:
     """Return the settings and the folder of a new run, or of one to go on with."""
-    from fedtune.configfile import load
-    from fedtune.privacy.plan import resolve
     from fedtune.server.loggers import require_loggers
     from fedtune.server.run_folder import RunFolder, create, find, reopen
 
-    config = resolve(load(file, overrides)) if file is not None else None
+    config = _settings(file, overrides) if file is not None else None
     if resume is None:
         if config is None:
             raise FedtuneError("nothing to run", code=ExitCode.USAGE)
@@ -326,9 +324,22 @@ def _open(out: Out, file: Path | None, overrides: list[str], resume: str | None)
     path = find(resume, Path(config.output.folder if config else "runs")).path
     if config is None:
         own = RunFolder(path).config()
-        config = resolve(load(path / "config.toml", overrides)) if overrides else own
+        config = _settings(path / "config.toml", overrides) if overrides else own
     out.say(f"going on with {path}")
     return config, reopen(path, config)
+
+
+def _settings(file: Path, overrides: list[str]) -> Any:
+    """Read settings; where there will be worker processes, their imports begin at once."""
+    from fedtune.configfile import load
+    from fedtune.simulations.workshop import open_early
+
+    config = load(file, overrides)
+    if config.engine.kind == "local" and config.engine.executor == "processes":
+        open_early()
+    from fedtune.privacy.plan import resolve
+
+    return resolve(config)
 
 
 def _both(first: Callable[[Any], None], second: Callable[[Any], None]) -> Callable[[Any], None]:

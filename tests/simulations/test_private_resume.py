@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +19,7 @@ from fedtune.privacy.plan import client_promise, ledger_place
 from fedtune.server.run_folder import RunFolder, list_runs
 from tests.simulations.apps import experiment
 from tests.simulations.private_runs import CLIENT, EXAMPLE
+from tests.simulations.warm import Warm
 
 KILLS = int(os.environ.get("FEDTUNE_KILLS", "3"))
 ROUNDS = 12 + 3 * KILLS
@@ -41,14 +40,11 @@ class Story:
         return sum(self.ledger.groups(account).values())
 
 
-def start(*words: str, log: Path) -> subprocess.Popen[bytes]:
-    with log.open("ab") as output:
-        return subprocess.Popen(
-            [sys.executable, "-m", "fedtune", "simulate", *words], stdout=output, stderr=output
-        )
+def start(*words: str, log: Path) -> Warm:
+    return Warm("simulate", *words, log=log)
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
+def kill(process: Warm) -> None:
     family = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()

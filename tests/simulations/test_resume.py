@@ -210,6 +210,33 @@ def test_resuming_what_is_not_there(story: Story, tmp_path: Path) -> None:
     assert result.exit_code == ExitCode.RUN_FOLDER
 
 
+def test_ctrl_c_while_all_is_loaded_is_answered_in_one_voice(shared: Path, tmp_path: Path) -> None:
+    file, log = experiment(tmp_path, shared, **CHANGES), tmp_path / "log.txt"
+    # A shell has background processes ignore Ctrl-C; this one is in front.
+    front = "import signal as s, runpy; s.signal(s.SIGINT, s.default_int_handler); "
+    words = [sys.executable, "-c", front + "runpy.run_module('fedtune', run_name='__main__')"]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [*words, "simulate", str(file)], stdout=out, stderr=out, start_new_session=True
+        )
+    family: list[psutil.Process] = []
+    try:
+        parent = psutil.Process(process.pid)
+        assert wait_until(lambda: len(parent.children()) == 2, 60), log.read_text()
+        family = parent.children(recursive=True)
+        time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=60) == ExitCode.INTERRUPTED
+    finally:
+        process.kill()
+    # What imports notices at the end of its imports that it is alone.
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert [p for p in alive if not gone(p)] == []
+    said = log.read_text()
+    assert "Traceback" not in said
+    assert said.count("error: stopped") == 1
+
+
 def test_a_half_written_last_line_never_counted(shared: Path, tmp_path: Path) -> None:
     """A crash between the records and the checkpoint, or inside of a record."""
     config = settings(tmp_path, shared)

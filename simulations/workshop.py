@@ -1,0 +1,46 @@
+"""Where worker processes come from: one that has imported all, and computed nothing, forks them.
+
+A process that computes could not be forked, for torch's threads may run in it. Imports
+take seconds; here they are made once, whatever the number of workers, and again for none
+that takes a dead one's place.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from multiprocessing import forkserver
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # not on every system
+    from multiprocessing.context import ForkServerContext, SpawnContext
+
+__all__ = ["open_early", "workshop"]
+
+_IMPORTED = ["fedtune.client.app", "peft"]
+
+
+def workshop() -> ForkServerContext | SpawnContext:
+    """Return what starts workers."""
+    if not _can_fork():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED)
+    return context
+
+
+def open_early() -> None:
+    """Begin with the imports now, beside those of this process, and in its main thread."""
+    if not _can_fork():
+        return
+    workshop()
+    # A Ctrl-C meanwhile is this process's to answer.
+    own = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, own)
+
+
+def _can_fork() -> bool:
+    return "forkserver" in multiprocessing.get_all_start_methods()
