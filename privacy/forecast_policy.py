@@ -11,7 +11,7 @@ from fedtune.errors import ExitCode, FedtuneError
 from fedtune.privacy.accounting import Spent, noise_multiplier
 from fedtune.privacy.events import Levels, Unit
 from fedtune.privacy.plan import Promise
-from fedtune.privacy.rldp.controller import PAPER_INTERVAL
+from fedtune.privacy.rldp.actions import interval_of
 from fedtune.privacy.rldp.named import policy_of
 from fedtune.privacy.rldp.policy import Policy
 from fedtune.privacy.rldp.shape import BITS, HELD, LOSS, mechanism_blocks
@@ -106,7 +106,7 @@ def outline(promise: Promise, sizes: Mapping[str, int]) -> dict[str, Any]:
         "decisions": 0,
     }
     if steered:
-        every = rldp.interval or (PAPER_INTERVAL if rldp.preset else max(1, steps // 40))
+        every = interval_of(rldp, steps)
         found |= {"interval": every, "decisions": _decisions(settings.clip, found, steps, every)}
     return found
 

@@ -8,7 +8,6 @@ from typing import TypeVar
 
 from fedtune.adapters import Tensors
 from fedtune.server.checkpoint import State
-from fedtune.server.learner import open_learner
 from fedtune.server.link import Answer, Link
 from fedtune.server.seeded import tensors_for
 from fedtune.server.tuned import Tuned
@@ -73,14 +72,17 @@ def model_for(
 
 def ask_members(
     link: Link, reply: type[_Reply], tuned: Tuned, state: State, members: Sequence[Member],
-    task: Task, epochs: Epochs,
+    task: Task, epochs: Epochs, more: Tensors | None = None,
 ) -> tuple[dict[int, int], Iterator[Answer[_Reply]]]:  # fmt: skip
-    """Send ``task`` with the tensors of ``state``; return bytes for each node, and the answers."""
+    """Send ``task`` with the tensors of ``state``; return bytes for each node, and the answers.
+
+    Parameters
+    ----------
+    more : Tensors, optional
+        What travels beside them: the clients' clipping policy.
+    """
     sent = model_for(tuned, state, members, epochs)
-    plain = tuned.weights is None and reply is Update
-    learner = open_learner(tuned.config) if plain else None
-    more: Tensors = learner.told(state.learner) if learner else {}
     # Equal tasks are one object too: the link encodes it once.
-    wholes = {id(some): replace(task, tensors=some | more) for some in sent.values()}
+    wholes = {id(some): replace(task, tensors=some | (more or {})) for some in sent.values()}
     tasks: dict[int, Task | None] = {one.node: wholes[id(sent[one.client])] for one in members}
     return link.ask_each(reply, tasks, tuned.config.federation.deadline)

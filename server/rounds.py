@@ -233,7 +233,8 @@ def _attempt(
     started = time.monotonic()
     if asking.secure:
         return _secured(link, tuned, state, chosen, task, watch, asking, asking.secure)
-    sizes, answers = ask_members(link, Update, tuned, state, chosen, task, asking.epochs)
+    more = asking.learner.told(state.learner) if asking.learner else {}
+    sizes, answers = ask_members(link, Update, tuned, state, chosen, task, asking.epochs, more)
     row = {"round": number, "attempt": attempt, "lr": lr, "bytes_down": sum(sizes.values())}
     vote = vote_of(config.federation.aggregation)
     plain_sum = Ballot(vote) if vote else Cohort(state.adapter, _pairs(tuned))

@@ -9,18 +9,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtune.config_privacy import RldpConfig
 from fedtune.errors import ExitCode, FedtuneError
-from fedtune.privacy.clipping import adapter_blocks
+from fedtune.privacy.clipping import Quantile, adapter_blocks
+from fedtune.privacy.rldp.quantiles import moved
 from fedtune.privacy.rldp.shape import Shape
 
-__all__ = ["ACTIONS", "RANGE", "REACH", "ActionSpace", "noise_of"]
+__all__ = ["ACTIONS", "RANGE", "REACH", "ActionSpace", "interval_of", "noise_of"]
 
 ACTIONS = 9
 """Global, depth slope, A/B split; exponents of d and of C in the shares, their depth
@@ -33,6 +35,8 @@ REACH = 0.3
 RANGE = 1000.0
 """Norms stay within this factor of where they began."""
 
+_TARGETS = 0.4  # how far an action moves the share of units that are not clipped
+_PAPER_INTERVAL = 112
 _SLOPE, _SPLIT, _RESIDUAL, _TILT = 0.5, 0.5, 0.3, 0.5
 _RANK = 2
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -152,6 +156,27 @@ class ActionSpace:
         )  # fmt: skip
         return found
 
+    def followed(self, shape: Shape, rule: Quantile, inside: Array, action: NDArray[Any]) -> Shape:
+        """Return a shape whose norms the quantile rule moved, each by its own bit.
+
+        With another target where the action wanted norms to grow or to shrink: the rule
+        would take them back otherwise.
+
+        Parameters
+        ----------
+        shape : Shape
+        rule : Quantile
+        inside : array, shape (blocks,)
+            Released shares of units inside each norm.
+        action : array, shape (9,)
+            The last one; zeros leave the rule alone.
+        """
+        start = self.clip_norm / math.sqrt(len(shape.norms))
+        targets = (rule.target + _TARGETS * self.move(action)).clip(0.05, 0.95)
+        together = zip(targets.tolist(), shape.norms, inside.tolist(), strict=True)
+        norms = tuple(moved(replace(rule, target=t), c, share, start) for t, c, share in together)
+        return replace(shape, norms=norms)
+
     def _shares(self, norms: Array, given: Array) -> tuple[float, ...]:
         """Return w_i as d^a C^b: (1/2, 1) is least noise, (0, 0) uniform, (0, 2) isotropic."""
         of_size, of_norm = 0.5 * (1.0 + given[3]), 1.0 + given[4]
@@ -160,6 +185,19 @@ class ActionSpace:
         # A share near 0 would be noise without end in that block.
         weights = np.exp(np.maximum(logs - logs.max(), -math.log(RANGE)))
         return tuple((weights / math.fsum(weights)).tolist())
+
+
+def interval_of(settings: RldpConfig, steps: int) -> int:
+    """Return K, the releases between two decisions, of so many in the whole run.
+
+    Examples
+    --------
+    >>> interval_of(RldpConfig(), 400), interval_of(RldpConfig(interval=7), 400)
+    (10, 7)
+    """
+    if settings.interval:
+        return settings.interval
+    return _PAPER_INTERVAL if settings.preset else max(1, steps // 40)
 
 
 def noise_of(action: NDArray[Any], planned: float, spread: float) -> float:

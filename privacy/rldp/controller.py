@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import lru_cache
 from importlib.resources import as_file, files
 from typing import Any
@@ -24,11 +23,11 @@ from safetensors.numpy import load_file
 
 from fedtune.config_privacy import RldpConfig
 from fedtune.errors import ExitCode, FedtuneError
-from fedtune.privacy.rldp.actions import ACTIONS, ActionSpace, noise_of
+from fedtune.privacy.rldp.actions import ACTIONS, ActionSpace, interval_of, noise_of
 from fedtune.privacy.rldp.features import STATES, Context, Interval, Reading, features, read
 from fedtune.privacy.rldp.joint import Seen
 from fedtune.privacy.rldp.policy import Job, State
-from fedtune.privacy.rldp.quantiles import moved, norms_of, quantile_of
+from fedtune.privacy.rldp.quantiles import norms_of, quantile_of
 from fedtune.privacy.rldp.raw import RawController
 from fedtune.privacy.rldp.reward import Yardstick, over_pacing, reward
 from fedtune.privacy.rldp.sac import Sac, SacSettings, Transition
@@ -51,10 +50,7 @@ __all__ = [
 POLICY_FILE = "assets/rldp/policy.safetensors"
 """What was learnt on public text, in the package: ``simulations/meta_rldp.py`` makes it."""
 
-PAPER_INTERVAL = 112
-
 _HIDDEN = (64, 64)
-_TARGETS = 0.4  # how far an action moves the share of examples that are not clipped
 
 
 def settings_of(config: RldpConfig) -> SacSettings:
@@ -149,9 +145,7 @@ class Controller:
     @property
     def interval(self) -> int:
         """K: releases between decisions."""
-        if self.config.interval:
-            return self.config.interval
-        return PAPER_INTERVAL if self.config.preset else max(1, self._job.steps // 40)
+        return interval_of(self.config, self._job.steps)
 
     def shape(self) -> Shape:
         """See `Policy`. Decides here, when weights have taken the last release in."""
@@ -177,7 +171,9 @@ class Controller:
         self._spent += reading.noise_multiplier**-2
         self._interval.add(reading)
         if reading.inside is not None and not (self._decided and self.config.preset):
-            self._shape = replace(self._shape, norms=self._followed(reading.inside))
+            self._shape = self._space.followed(
+                self._shape, self._quantile, reading.inside, self._action
+            )
         self._due = self._interval.count >= self.interval
 
     def decisions(self) -> list[dict[str, Any]]:
@@ -244,21 +240,6 @@ class Controller:
     def _interval_sizes(self) -> tuple[int, int]:
         whole = int(self._space.numbers.sum())
         return 0, Interval.kept(whole)
-
-    def _followed(self, inside: NDArray[np.float64]) -> tuple[float, ...]:
-        """Return norms moved by the quantile rule, each by its own bit.
-
-        With another target where the last action wanted norms to grow or to shrink: the
-        rule would take them back otherwise.
-        """
-        start = self._job.clip_norm / math.sqrt(len(self._shape.norms))
-        targets = self._quantile.target + _TARGETS * self._space.move(self._action)
-        return tuple(
-            moved(replace(self._quantile, target=float(target)), norm, float(share), start)
-            for target, norm, share in zip(
-                targets.clip(0.05, 0.95), self._shape.norms, inside, strict=True
-            )
-        )
 
     def _measured(self) -> tuple[float, float] | None:
         """Return the utility now and the variance of its noise."""

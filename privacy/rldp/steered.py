@@ -11,15 +11,14 @@ from numpy.typing import NDArray
 
 from fedtune.config_privacy import RldpConfig
 from fedtune.errors import ExitCode, FedtuneError
-from fedtune.privacy.rldp.actions import ActionSpace, noise_of
+from fedtune.privacy.rldp.actions import ActionSpace, interval_of, noise_of
 from fedtune.privacy.rldp.joint import Seen
 from fedtune.privacy.rldp.policy import Job, Policy, State
-from fedtune.privacy.rldp.quantiles import Quantiles, norms_of, require_like, unusable
+from fedtune.privacy.rldp.quantiles import norms_of, quantile_of, require_like, unusable
 from fedtune.privacy.rldp.shape import Sensing, Shape
+from fedtune.privacy.rldp.sight import require_sight
 
 __all__ = ["Steered", "constant_action", "random_walk"]
-
-_PAPER_INTERVAL = 112  # as in the controller's preset
 
 
 class Steered:
@@ -29,7 +28,7 @@ class Steered:
     ----------
     job : Job
         Option ``rldp``: `RldpConfig`; interval, warm-up, factors and noise are those of the
-        controller. After the warm-up there are no sensors.
+        controller, and so is what moves norms between two actions.
     action : callable
         Number of a decision, from 0, to an action in [-1, 1].
     """
@@ -40,12 +39,12 @@ class Steered:
         settings = job.options.get("rldp") or RldpConfig()
         self._settings, self._action = settings, action
         self._space = ActionSpace(job.sizes, job.clip_norm, settings.factors)
+        self._rule = quantile_of(job)
         # As the controller's: half of the share is for its loss, where it learns from that.
         bits = settings.sensing / (2.0 if settings.reward == "loss" and job.losses else 1.0)
-        self._warm = Quantiles(job, self._space.blocks, bits)
+        self._sensing = Sensing(bits=bits)
         self._until = math.ceil(settings.warmup * job.steps)
-        usual = _PAPER_INTERVAL if settings.preset else max(1, job.steps // 40)
-        self._every = settings.interval or usual
+        self._every = interval_of(settings, job.steps)
         self._planned = job.noise_multiplier
         self._count = 0
         self._shape = self._space.start()
@@ -56,8 +55,8 @@ class Steered:
 
     @property
     def sensing(self) -> Sensing:
-        """See ``Policy``: bits in the warm-up only."""
-        return self._warm.sensing if self._count < self._until else Sensing()
+        """See ``Policy``."""
+        return self._sensing
 
     def shape(self) -> Shape:
         """See ``Policy``."""
@@ -67,20 +66,23 @@ class Steered:
         """See ``Policy``."""
         if self._settings.noise == "constant" or self._count < self._until:
             return None
-        action = self._action((self._count - self._until) // self._every)
-        return noise_of(action, self._planned, self._settings.spread)
+        return noise_of(self._last(), self._planned, self._settings.spread)
 
     def observe(self, seen: Seen) -> None:
         """See ``Policy``."""
-        if self._count < self._until:
-            self._warm.observe(seen)
-            self._shape = self._warm.shape()
+        inside, decided = require_sight(seen.inside), self._count >= self._until
+        if inside is not None and not (decided and self._settings.preset):
+            last = self._last() if decided else np.zeros(self._space.size)
+            self._shape = self._space.followed(self._shape, self._rule, np.asarray(inside), last)
         self._count += 1
         if self._count >= self._until and (self._count - self._until) % self._every == 0:
             self._decide()
 
+    def _last(self) -> NDArray[np.float64]:
+        return self._action((self._count - self._until) // self._every)
+
     def _decide(self) -> None:
-        action = self._action((self._count - self._until) // self._every)
+        action = self._last()
         self._shape = self._space.apply(self._shape, action)
         self._said.append({"step": self._count, "action": [float(a) for a in action]})
 
@@ -105,8 +107,6 @@ class Steered:
         if int(state["count"][0]) < 0 or min(shares) <= 0.0 or abs(math.fsum(shares) - 1.0) > 1e-6:
             raise unusable("steered", f"count {state['count']}, shares {shares}")
         self._count = int(state["count"][0])
-        if self._count < self._until:
-            self._warm.restore({"norms": state["norms"]})
         self._shape = Shape(self._space.blocks, norms, shares)
         self._said = []
 

@@ -19,7 +19,8 @@ from fedtune.config import Config
 from fedtune.config_privacy import RldpConfig
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.privacy.plan import Promise, example_promise
-from fedtune.privacy.rldp.controller import ACTIONS, PAPER_INTERVAL, STATES, settings_of
+from fedtune.privacy.rldp.actions import interval_of
+from fedtune.privacy.rldp.controller import ACTIONS, STATES, settings_of
 from fedtune.privacy.rldp.policy import State
 from fedtune.privacy.rldp.sac import Sac, Transition
 from fedtune.privacy.rldp.transitions import transitions_of
@@ -29,7 +30,6 @@ __all__ = [
     "MADE",
     "actor_of",
     "cut_off",
-    "interval_of",
     "most_transitions",
     "require_actor",
     "require_transitions",
@@ -58,19 +58,6 @@ def shared_policy(config: Config) -> RldpConfig | None:
         return None
     settings = example.rldp or RldpConfig()
     return settings if settings.mode == "federated" else None
-
-
-def interval_of(settings: RldpConfig, steps: int) -> int:
-    """Return K, the releases between two decisions, of so many in the whole run.
-
-    Examples
-    --------
-    >>> interval_of(RldpConfig(), 400), interval_of(RldpConfig(interval=7), 400)
-    (10, 7)
-    """
-    if settings.interval:
-        return settings.interval
-    return PAPER_INTERVAL if settings.preset else max(1, steps // 40)
 
 
 def most_transitions(config: Config) -> int:

@@ -27,6 +27,7 @@ from fedtune.privacy.rldp import rules
 from fedtune.privacy.rldp.geoclip import geoclip
 from fedtune.privacy.rldp.joint import Collected, Seen
 from fedtune.privacy.rldp.policy import Job, Policy, require_honest
+from fedtune.privacy.rldp.quantiles import Quantiles, least_noise
 from fedtune.privacy.rldp.shape import mechanism_blocks
 from fedtune.privacy.rldp.sight import Public, unseal
 from fedtune.privacy.sampling import Poisson
@@ -455,23 +456,26 @@ def test_random_actions_come_from_the_seed_alone() -> None:
     assert [seen.shape.norms for seen in _walked(2)] != one
 
 
-def test_random_moves_at_the_controllers_times_after_a_warm_up_at_the_quantile() -> None:
-    seen = _walked(1, {"rldp": RldpConfig(interval=10, warmup=0.1)})
-    norms = [one.shape.norms for one in seen]
-    changes = [n for n in range(1, 80) if norms[n] != norms[n - 1]]
-    assert changes == [*range(1, 21), *range(30, 80, 10)]
-    assert [one.inside is not None for one in seen] == [n < 20 for n in range(80)]
-    for n in range(30, 80, 10):
-        assert all(
-            abs(math.log(new / old)) <= 0.3 + 1e-9
-            for old, new in zip(norms[n - 1], norms[n], strict=True)
-        )
+def test_random_acts_at_the_controllers_times_after_a_warm_up_at_the_quantile() -> None:
+    job = job_of(options={"rldp": RldpConfig(interval=10, warmup=0.1)})
+    policy = rules.random_walk(job)
+    rule = Quantiles(job, policy.shape().names, policy.sensing.bits)
+    begun, ruled = (run(one, job, people(12), seed=3, steps=20) for one in (policy, rule))
+    assert [one.shape for one in begun] == [one.shape for one in ruled]
+    assert [one.inside is not None for one in begun] == [True] * 20
+    before = rule.norms
+    (said,) = policy.decisions()
+    assert said["step"] == 20
+    moves = [math.log(new / old) for old, new in zip(before, policy.shape().norms, strict=True)]
+    assert all(0.0 < abs(move) <= 0.3 + 1e-9 for move in moves)
+    run(policy, job, people(12), seed=4, steps=60)
+    assert [row["step"] for row in policy.decisions()] == [30, 40, 50, 60, 70, 80]
 
 
 def test_constant_action_is_held_and_logged() -> None:
     options = {
         "constant": (1.0, 0.0, 0.0, -1.0, -1.0, 0.0, 0.0, 0.0, 0.0),
-        "rldp": RldpConfig(interval=20, warmup=0.0),
+        "rldp": RldpConfig(mode="online", preset="paper", interval=20, warmup=0.0),
     }
     job = job_of(options=options)
     policy = rules.constant_action(job)
@@ -484,6 +488,20 @@ def test_constant_action_is_held_and_logged() -> None:
     ratio = [new / old for old, new in zip(first.norms, policy.shape().norms, strict=True)]
     assert ratio == pytest.approx([math.exp(0.9)] * 2)
     assert policy.shape().shares == pytest.approx((0.5, 0.5))
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.5])
+def test_actions_of_zeros_go_on_with_the_quantile_rule(warmup: float) -> None:
+    """As the controller's do, with the same sensors: what is compared is the choice alone."""
+    config = RldpConfig(interval=20, warmup=warmup)
+    job = job_of(options={"constant": (0.0,) * 9, "rldp": config})
+    steered = rules.constant_action(job)
+    rule = Quantiles(job, steered.shape().names, steered.sensing.bits, least_noise)
+    for policy in (steered, rule):
+        run(policy, job, people(13), seed=3, steps=61)
+    assert steered.sensing.bits == config.sensing / 2.0 > 0.0
+    assert steered.shape().norms == pytest.approx(rule.norms)
+    assert max(rule.norms) != pytest.approx(job.clip_norm / math.sqrt(2), rel=0.05)
 
 
 @pytest.mark.parametrize("noise", ["constant", "filtered"])

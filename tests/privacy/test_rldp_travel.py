@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fedtune.config import Config
 from fedtune.config_privacy import RldpConfig
 from fedtune.errors import ExitCode, FedtuneError
+from fedtune.privacy.rldp.actions import interval_of
 from fedtune.privacy.rldp.controller import ACTIONS, STATES, Controller, rldp, settings_of
 from fedtune.privacy.rldp.features import Reading
 from fedtune.privacy.rldp.policy import Job
@@ -21,7 +22,6 @@ from fedtune.privacy.rldp.travel import (
     MADE,
     actor_of,
     cut_off,
-    interval_of,
     most_transitions,
     require_actor,
     require_transitions,
