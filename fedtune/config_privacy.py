@@ -193,15 +193,11 @@ class ClientPrivacyConfig(BaseModel):
                 f"rldp.reward='{rldp.reward}' is for [privacy.example]: a server sees no losses; "
                 "use rldp.reward='public' with rldp.public, a file of public text"
             )
-        if rldp.noise == "order":
+        if rldp.noise != "constant":
             raise ValueError(
-                "rldp.noise='order' is for [privacy.example]: here a round is one release, and "
-                "there is nothing to order; use rldp.noise='constant'"
-            )
-        if rldp.noise == "filtered" and self.sampler == "truncated-poisson":
-            raise ValueError(
-                "rldp.noise='filtered' with sampler='truncated-poisson': its cost at one order is "
-                "not known; use sampler='poisson' or 'everyone'"
+                f"rldp.noise='{rldp.noise}' is for [privacy.example]: here a round is one release, "
+                "with nothing to order, and the ledger cannot hold a filter over rounds; use "
+                "rldp.noise='constant'"
             )
         if (self.sampler == "truncated-poisson") != bool(self.cap):
             raise ValueError("sampler='truncated-poisson' and cap belong together")

@@ -158,9 +158,6 @@ class Ran(BaseModel):
     """Releases per round and account; where clients differ, the largest."""
     delta: Delta
     target_epsilon: float | None = Field(default=None, gt=0.0)
-    filter_epsilon: float | None = Field(default=None, gt=0.0)
-    """Where the noise of each round was chosen after the rounds before: the budget of the filter
-    that admitted them. What they happened to cost is less, and bounds nothing."""
     units: Whole
     """Public nominal number of units that delta is compared with (delta < 1 / units)."""
     labels: dict[str, str] = {}

@@ -26,13 +26,12 @@ from fedtune.privacy.events import (
     Gaussian,
     Levels,
     Relation,
-    RenyiFiltered,
     Unit,
     with_laplace,
 )
 from fedtune.privacy.mechanism import Block, Mechanism
 from fedtune.privacy.noise import InsecureSeededNoise, NoiseSource, SecureNoise
-from fedtune.privacy.rldp.course import Course, Moving, cost_in_filter
+from fedtune.privacy.rldp.course import Course, Moving
 from fedtune.privacy.sampling import Everyone, Poisson, Sampler, TruncatedPoisson
 from fedtune.seeds import derive
 
@@ -92,13 +91,7 @@ class Promise:
 
     @property
     def limit(self) -> tuple[float, float] | None:
-        """Largest epsilon of this run, and its delta; None: the run sets itself no bound.
-
-        Where each round's noise is chosen at that time, the ledger is the filter, and this is
-        its budget: what the planned rounds cost with the planned noise.
-        """
-        if self.chosen_late:
-            return self.spent().epsilon, self.delta
+        """Largest epsilon of this run, and its delta; None: the run sets itself no bound."""
         return (self.settings.epsilon, self.delta) if self.settings.epsilon else None
 
     @property
@@ -111,27 +104,9 @@ class Promise:
 
     @property
     def charge(self) -> Charge:
-        """What one round costs, as planned."""
+        """What one round costs, whatever noise its releases are given."""
         moving = self.moving
         return Charge(moving.event, moving.count)
-
-    def charge_at(self, noise_multiplier: float) -> Charge:
-        """Return what one round costs whose noise was chosen; elsewhere what each round costs.
-
-        At client level a round is one release, so its noise is known when it is charged.
-
-        Raises
-        ------
-        FedtuneError
-            The noise is not between the two ends.
-        """
-        mechanism, moving = self.at(noise_multiplier), self.moving
-        if not self.chosen_late:
-            return self.charge
-        if not moving.order:
-            return Charge(mechanism.event)
-        one = cost_in_filter(mechanism.sampler.rate, noise_multiplier, moving.order, self.relation)
-        return Charge(RenyiFiltered(moving.order, one))
 
     def at(self, noise_multiplier: float) -> Mechanism:
         """Return the mechanism of one release, with noise that a `NoiseBook` gave.
@@ -159,15 +134,6 @@ class Promise:
     def least_noise(self) -> float:
         """The smallest noise multiplier that a release may have."""
         return self.moving.low
-
-    @property
-    def chosen_late(self) -> bool:
-        """Whether a round's charge depends on the rounds before: its filter's budget counts."""
-        return self.unit is Unit.CLIENT and self._varies
-
-    @property
-    def _varies(self) -> bool:
-        return self.settings.rldp is not None and self.settings.rldp.noise == "filtered"
 
     def spent(self, rounds: int | None = None) -> Spent:
         """Return the bound after so many rounds; after all of them without ``rounds``."""
@@ -330,7 +296,6 @@ def resolve(config: Config) -> Config:
     for name, promise in (("example", example_promise(config)), ("client", client_promise(config))):
         if promise is None:
             continue
-        _require_one_charge(promise)
         require_delta(promise.delta, promise.settings.population)
         _require_kept(promise)
         found: dict[str, object] = {"noise_multiplier": promise.mechanism.noise_multiplier}
@@ -400,19 +365,6 @@ def _found(course: Course) -> float:
         course.epsilon, course.delta, course.relation, course.at(1.0).count * course.rounds,
         lambda z: course.at(z).event,
     )  # fmt: skip
-
-
-def _require_one_charge(promise: Promise) -> None:
-    """Refuse noise that is chosen round by round: a ledger would hold what it happened to cost.
-
-    A filter promises its whole budget, of which other jobs and a live view would know nothing.
-    """
-    if promise.chosen_late:
-        raise FedtuneError(
-            "privacy.client.rldp.noise='filtered': the ledger cannot hold a filter over rounds",
-            hint="use noise='constant' for whole clients; examples may have 'filtered'",
-            code=ExitCode.PRIVACY,
-        )
 
 
 def _require_kept(promise: Promise) -> None:

@@ -49,11 +49,6 @@ __all__ = [
 ROWS = 20
 """Accounts that a report lists one by one, worst first."""
 
-_FILTERED = (
-    " The noise of each round was chosen after the rounds before, so this is the whole budget of "
-    "the filter that admitted them; the releases alone add up to less, which bounds nothing."
-)
-
 
 def _to_json(value: float) -> float | str:
     return value if math.isfinite(value) else "inf"
@@ -177,10 +172,6 @@ def _state(facts: Facts, ran: Ran, extract: Extract) -> Statement:
     groups = events_of(extract.accounts[first.index].groups)
     secure = ran.noise.secure and ran.sampling.secure
     epsilon = worst.epsilon
-    # A filter promises its budget; the sum at which an adaptive run stops is no bound.
-    filtered = ran.filter_epsilon is not None and epsilon < ran.filter_epsilon
-    if ran.filter_epsilon is not None:
-        epsilon = max(epsilon, ran.filter_epsilon)
     split = facts.crossing is not None
     trust = trust_of(ran, split=split)
     unsampled = max(epsilon, cost(bare(groups), ran.delta, ran.relation).epsilon)
@@ -195,12 +186,11 @@ def _state(facts: Facts, ran: Ran, extract: Extract) -> Statement:
             ran.rounds,
             "" if worst.pure is None else above(worst.pure, 3),
             split=split,
-        )
-        + (_FILTERED if filtered else ""),
+        ),
         epsilon=epsilon,
         delta=ran.delta,
         pure=worst.pure,
-        mu=None if filtered else worst.mu,
+        mu=worst.mu,
         guess=guess(epsilon, ran.delta),
         unsampled=unsampled,
         condition=condition(ran, bounded=math.isfinite(unsampled)),

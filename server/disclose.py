@@ -194,7 +194,6 @@ def _ran(tuned: Tuned, promise: Promise, rounds: int) -> Ran:
         steps_per_round=float(promise.releases),
         delta=promise.delta,
         target_epsilon=settings.epsilon or None,
-        filter_epsilon=promise.limit[0] if promise.chosen_late and promise.limit else None,
         units=settings.population,
     )  # fmt: skip
 

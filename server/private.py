@@ -16,7 +16,6 @@ import torch
 
 from fedtune.adapters import Tensors
 from fedtune.config import Config
-from fedtune.errors import ExitCode, FedtuneError
 from fedtune.privacy.events import Unit
 from fedtune.privacy.ledger import Account, Claim, Ledger, Reservation, open_ledger
 from fedtune.privacy.mechanism import Block, Mechanism
@@ -29,7 +28,6 @@ from fedtune.privacy.plan import (
     noise_source,
 )
 from fedtune.privacy.rldp.joint import Collected, Seen
-from fedtune.privacy.rldp.levels import noise_book
 from fedtune.privacy.rldp.named import policy_of
 from fedtune.privacy.rldp.policy import Policy, State, Utility
 from fedtune.privacy.rldp.shape import mechanism_blocks
@@ -49,7 +47,7 @@ class PrivateSum:
 
     Parameters
     ----------
-    promise : Promise
+    mechanism : Mechanism
     adapter : Tensors
         Names and shapes of the updates.
     policy : Policy
@@ -57,28 +55,23 @@ class PrivateSum:
     source : NoiseSource
     number : int
         Of the release, from 0.
-    noise_multiplier : float
-        That is charged.
     """
 
-    promise: Promise
+    mechanism: Mechanism
     adapter: Tensors
     policy: Policy
     source: NoiseSource
     number: int
-    noise_multiplier: float
     count: int = 0
     _collected: Collected = field(init=False)
     _seen: Seen | None = field(init=False, default=None)
-    _mechanism: Mechanism = field(init=False)
     _blocks: tuple[Block, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._mechanism = self.promise.at(self.noise_multiplier)
         zeros = {name: np.zeros(value.shape, np.int64) for name, value in self.adapter.items()}
         shape, sensing = self.policy.shape(), self.policy.sensing
         self._collected = Collected(shape, sensing, zeros)
-        blocks, _ = mechanism_blocks(self._mechanism, shape, sensing)
+        blocks, _ = mechanism_blocks(self.mechanism, shape, sensing)
         self._blocks = blocks[: len(shape.names)]
 
     def add(self, weight: float, delta: Tensors) -> None:
@@ -88,7 +81,7 @@ class PrivateSum:
         scaled = delta
         if shape.scales is not None:
             scaled = {name: value * shape.scales[name] for name, value in delta.items()}
-        self._collected.add(self._mechanism.clip_update(scaled, self._blocks))
+        self._collected.add(self.mechanism.clip_update(scaled, self._blocks))
         squares = [
             sum(float(np.square(scaled[name], dtype=np.float64).sum()) for name in names)
             for names in shape.names
@@ -105,7 +98,7 @@ class PrivateSum:
 
         Every call draws new noise and is a release of its own.
         """
-        seen = self._collected.release(self._mechanism, self.source, self.number)
+        seen = self._collected.release(self.mechanism, self.source, self.number)
         self.policy.observe(seen)
         self._seen = seen
         return dict(seen.means.value)
@@ -116,7 +109,7 @@ class PrivateSum:
             return []
         said = self.policy.decisions()
         row = {
-            "step": self.number, "noise_multiplier": self._mechanism.noise_multiplier,
+            "step": self.number, "noise_multiplier": self.mechanism.noise_multiplier,
             **self._seen.shape.facts(),
         }  # fmt: skip
         return [(said[-1] if said else {}) | row]
@@ -146,27 +139,21 @@ class Central:
         drawn = self.promise.mechanism.draw(len(members), self.source)
         return [members[i] for i in drawn]
 
-    def reserve(self, number: int, summed: PrivateSum) -> Reservation:
+    def reserve(self, number: int) -> Reservation:
         """Charge a round before anybody is asked; durable when it returns.
-
-        Parameters
-        ----------
-        number : int
-        summed : PrivateSum
-            Empty still: its noise is what is charged.
 
         Raises
         ------
         FedtuneError
             ``ExitCode.BUDGET_EXHAUSTED``; nothing was charged then.
         """
-        charge = self.promise.charge_at(summed.noise_multiplier)
+        charge = self.promise.charge
         claim = Claim(
             job=self.job, round=number,
             attempt=self.ledger.next_attempt(self.account, self.job, number),
             event=charge.event, count=charge.count, purpose="train",
             detail={"clip_norm": self.promise.settings.clip_norm,
-                    "noise_multiplier": summed.noise_multiplier},
+                    "noise_multiplier": self.promise.mechanism.noise_multiplier},
             limit=self.promise.limit,
         )  # fmt: skip
         return self.ledger.reserve(self.account, claim)
@@ -180,20 +167,8 @@ class Central:
         return policy
 
     def sum(self, adapter: Tensors, policy: Policy, number: int) -> PrivateSum:
-        """Return an empty sum for round ``number``, shaped by the policy.
-
-        Raises
-        ------
-        FedtuneError
-            ``ExitCode.BUDGET_EXHAUSTED``: the noise book has nothing left.
-        """
-        taken = noise_book(self.promise).take(policy.wanted_noise())
-        if taken is None:
-            raise FedtuneError(
-                f"round {number}: no noise multiplier is left to choose",
-                hint="the rounds before are kept", code=ExitCode.BUDGET_EXHAUSTED,
-            )  # fmt: skip
-        return PrivateSum(self.promise, adapter, policy, self.source, number - 1, taken)
+        """Return an empty sum for round ``number``, shaped by the policy."""
+        return PrivateSum(self.promise.mechanism, adapter, policy, self.source, number - 1)
 
 
 def open_central(config: Config, job: str) -> Central | None:

@@ -185,7 +185,7 @@ def _one_round(
     tries = 1 if central else federation.retries + 1
     for attempt in range(asking.first, asking.first + tries):
         summed = _shaped(tuned, state, central) if central else None
-        reservation = central.reserve(state.round + 1, summed) if central and summed else None
+        reservation = central.reserve(state.round + 1) if central else None
         chosen = (
             central.draw(members) if central
             else list(cohort_of(members, tuned.config, state.round + 1, attempt))
@@ -407,7 +407,7 @@ def _bounds(bounds: tuple[Promise, ...], number: int, central: Central | None) -
     """Return what the rounds so far cost at most, by the accountant that takes no time.
 
     At client level the ledger says how often; at example level it is with the clients,
-    and this is the cost of one attempt in each round. Of a filter it is the budget.
+    and this is the cost of one attempt in each round.
     """
     found = {}
     for promise in bounds:
@@ -418,10 +418,7 @@ def _bounds(bounds: tuple[Promise, ...], number: int, central: Central | None) -
         # Not 0.0 times it: where an order has no bound that is not a number.
         none = np.zeros_like(rdp(promise.mechanism.event, promise.relation))
         cost = sum((n * rdp(event, promise.relation) for event, n in groups.items()), start=none)
-        epsilon = epsilon_of_rdp(cost, promise.delta)[0]
-        if promise.chosen_late and promise.limit:
-            epsilon = max(epsilon, promise.limit[0])
-        found[f"epsilon_{promise.unit.value}"] = epsilon
+        found[f"epsilon_{promise.unit.value}"] = epsilon_of_rdp(cost, promise.delta)[0]
     return found
 
 

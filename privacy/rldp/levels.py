@@ -42,7 +42,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedtune.errors import ExitCode, FedtuneError
-from fedtune.privacy.events import Levels, Relation, Unit
+from fedtune.privacy.events import Levels, Relation
 from fedtune.privacy.rldp.course import cost_in_filter, six_digits
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ class Filtered:
     left : int
         Releases of the round.
     budget : float
-        What so many releases with the planned noise take. Infinite: the ledger has it.
+        What so many releases with the planned noise take.
     spent : float
         Of the budget; only `take` changes it, rounding up.
 
@@ -252,8 +252,7 @@ class Filtered:
         self.spent = float(spent[0])
 
     def _plan(self) -> State:
-        budget = self.budget if math.isfinite(self.budget) else -1.0
-        numbers = [self.q, self.order, self.low, self.planned, self.high, budget]
+        numbers = [self.q, self.order, self.low, self.planned, self.high, self.budget]
         relation = np.array([[*Relation].index(self.relation)], np.int64)
         return {"filter": np.array(numbers), "relation": relation}
 
@@ -289,9 +288,6 @@ def _grid(low: float, planned: float, high: float) -> tuple[float, ...]:
 def noise_book(promise: Promise) -> NoiseBook:
     """Return the book of one round of a promise.
 
-    At client level a round is one release, and the ledger has the budget: there the book
-    only keeps the noise within its ends (``Promise.charge_at``).
-
     Examples
     --------
     >>> from fedtune.config import Config
@@ -309,10 +305,9 @@ def noise_book(promise: Promise) -> NoiseBook:
         return Ordered(moving.event, planned)
     if moving.low == moving.high:
         return Constant(planned, promise.releases)
-    budget = math.inf if promise.unit is Unit.CLIENT else float(promise.releases)
     return Filtered(
         promise.mechanism.sampler.rate, promise.relation, moving.order, moving.low, planned,
-        moving.high, promise.releases, budget,
+        moving.high, promise.releases, float(promise.releases),
     )  # fmt: skip
 
 

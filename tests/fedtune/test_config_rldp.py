@@ -100,22 +100,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "public text without its name": ({"privacy": example(rldp={"reward": "public"})}, "together"),
     "an order at the server": (
         {"privacy": client(rldp=PUBLIC | {"mode": "online", "noise": "order"})},
-        "there is nothing to order",
+        "with nothing to order",
     ),
     "an order of two": (
         {"privacy": example(rldp={"mode": "online", "noise": "order"}), "tuning": {"steps": 2}},
         "with 2 there is nothing to order",
     ),
-    "a filter of a truncated sampler": (
-        {
-            "privacy": client(
-                rldp=PUBLIC | {"mode": "online", "noise": "filtered"},
-                sampler="truncated-poisson",
-                cap=80,
-            ),
-            "federation": {"cohort": 0.5},
-        },
-        "its cost at one order is not known",
+    "a filter over rounds": (
+        {"privacy": client(rldp=PUBLIC | {"mode": "online", "noise": "filtered"})},
+        "the ledger cannot hold a filter over rounds",
     ),
     "noise that the shipped policy never moves": (
         {"privacy": example(rldp={"noise": "order"})},
@@ -155,7 +148,6 @@ def test_what_does_not_go_together_is_refused(case: str) -> None:
         {"privacy": example(rldp={"mode": "federated", "reward": "held-out"})},
         {"privacy": example(rldp={"mode": "online", "noise": "order"})},
         {"privacy": example(rldp={"mode": "online", "noise": "filtered"})},
-        {"privacy": client(rldp=PUBLIC | {"mode": "online", "noise": "filtered"})},
         {"privacy": example("random", {"noise": "order"})},
     ],
     ids=str,

@@ -10,7 +10,7 @@ import pytest
 
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.privacy.accounting import spent
-from fedtune.privacy.events import Charge, Gaussian, PoissonGaussian, Unit
+from fedtune.privacy.events import Charge, PoissonGaussian, Unit
 from fedtune.privacy.forecast import forecast, lines
 from fedtune.privacy.forecast_policy import begin, moving_noise, outline, policy_lines
 from fedtune.privacy.rldp.controller import raw_sensing, rldp
@@ -144,22 +144,6 @@ def test_the_price_of_variety_is_against_constant_noise_of_the_same_epsilon(nois
     assert f"{made['price']:.1%} more noise than constant noise" in text
     assert ("in any order" in text) == (noise == "order")
     assert ("refuses a step before anybody is drawn" in text) == (noise == "filtered")
-
-
-def test_without_sampling_a_filter_is_free() -> None:
-    promise = chosen.client_of(
-        1.0, clip="rldp", sampler="everyone",
-        rldp={"mode": "online", "reward": "public", "public": "p", "noise": "filtered"},
-    )  # fmt: skip
-    promise_cost = promise.spent()
-    made = moving_noise(promise, promise_cost)
-    assert promise_cost.epsilon == pytest.approx(
-        spent([Charge(Gaussian(1.0), 40)], promise.delta, promise.relation).epsilon
-    )
-    assert made["price"] == pytest.approx(0.0, abs=2e-4)
-    text = policy_lines(outline(promise, chosen.SIZES) | {"over_time": made}, Unit.CLIENT)
-    assert any("no more noise than constant noise" in line for line in text)
-    assert any("sum of 1 / z^2" in line for line in text)
 
 
 def test_raw_sensing_has_no_plan_and_no_statement(monkeypatch: pytest.MonkeyPatch) -> None:

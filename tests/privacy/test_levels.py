@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from fedtune.config import Config
 from fedtune.errors import ExitCode, FedtuneError
-from fedtune.privacy.accounting import ORDERS, epsilon_of_rdp, rdp, spent
-from fedtune.privacy.bounds import gaussian_epsilon
+from fedtune.privacy.accounting import ORDERS, rdp, spent
 from fedtune.privacy.distributions import composed_pld
 from fedtune.privacy.events import (
     Charge,
@@ -27,7 +26,7 @@ from fedtune.privacy.events import (
     RenyiFiltered,
     Unit,
 )
-from fedtune.privacy.filters import best_order, mu_of
+from fedtune.privacy.filters import best_order
 from fedtune.privacy.ledger import Account, Claim, Ledger
 from fedtune.privacy.plan import Promise, promises, resolve, rounds_that_fit
 from fedtune.privacy.rldp.course import Course, cost_in_filter, levels_of
@@ -42,30 +41,28 @@ STRANGE = [math.nan, math.inf, -math.inf, -1.0, 0.0, 1e-300, 1e300, 0.97, 1.0312
 wishes = st.lists(st.one_of(st.none(), st.sampled_from(STRANGE), st.floats(0.5, 2.0)), max_size=60)
 
 
-def settings_of(noise: str, unit: str = "example", **changes: Any) -> Config:
-    """Five rounds; at example level of nine steps each."""
+def settings_of(noise: str, **changes: Any) -> Config:
+    """Five rounds of nine steps each."""
     many = changes.get("sampler") == "everyone"
     rldp = {"noise": noise, "mode": "online", "spread": changes.pop("spread", 0.1)}
-    if unit == "client":
-        rldp |= {"reward": "public", "public": "public.jsonl"}
     steps, rounds = changes.pop("steps", 9), changes.pop("rounds", 5)
     told = {
         "relation": ADD.value, "population": 200, "delta": 1e-4, "epsilon": 4.0,
         "clip": "rldp", "rldp": rldp,
     }  # fmt: skip
-    together = 10 if many and unit == "example" else 1
+    together = 10 if many else 1
     return Config.model_validate({
         "data": {"pack": False, "holdout": 0.0}, "evaluation": {"clients": 0},
         "federation": {
             "weighting": "uniform", "rounds": rounds, "cohort": 1.0 if many else 0.1,
         },
         "tuning": {"batch_size": 20, "accumulate": together, "steps": steps},
-        "privacy": {unit: told | changes},
+        "privacy": {"example": told | changes},
     })  # fmt: skip
 
 
-def promise(noise: str, unit: str = "example", **changes: Any) -> Promise:
-    (found,) = promises(settings_of(noise, unit, **changes))
+def promise(noise: str, **changes: Any) -> Promise:
+    (found,) = promises(settings_of(noise, **changes))
     return found
 
 
@@ -277,8 +274,6 @@ def test_noise_that_was_not_offered_is_refused(ordered: Promise, filtered: Promi
         for wrong in (made.least_noise / 1.01, made.moving.high * 1.01, math.nan, math.inf):
             with refused(ExitCode.PRIVACY):
                 made.at(wrong)
-            with refused(ExitCode.PRIVACY):
-                made.charge_at(wrong)
     with refused(ExitCode.PRIVACY):
         ordered.at(1.5001)
     assert filtered.at(filtered.least_noise).noise_multiplier == filtered.least_noise
@@ -288,16 +283,11 @@ def test_noise_that_was_not_offered_is_refused(ordered: Promise, filtered: Promi
 
 
 @pytest.mark.parametrize(
-    ("noise", "sampler", "unit"),
-    [
-        ("order", "poisson", "example"),
-        ("order", "everyone", "example"),
-        *itertools.product(["filtered"], ["poisson", "everyone"], ["example", "client"]),
-    ],
+    ("noise", "sampler"), itertools.product(["order", "filtered"], ["poisson", "everyone"])
 )
-def test_the_whole_plan_keeps_its_target(noise: str, sampler: str, unit: str) -> None:
-    made = promise(noise, unit, sampler=sampler, epsilon=LARGE)
-    plain = promise("constant", unit, sampler=sampler, epsilon=LARGE)
+def test_the_whole_plan_keeps_its_target(noise: str, sampler: str) -> None:
+    made = promise(noise, sampler=sampler, epsilon=LARGE)
+    plain = promise("constant", sampler=sampler, epsilon=LARGE)
     assert 0.97 * LARGE < made.spent().epsilon <= LARGE
     assert rounds_that_fit(made, LARGE) == 5
     assert made.spent(4).epsilon < made.spent().epsilon
@@ -308,9 +298,7 @@ def test_the_whole_plan_keeps_its_target(noise: str, sampler: str, unit: str) ->
         assert more == 1.0  # free and exact
     else:
         assert 1.0 <= more < 1.25
-    each = made.charge
-    assert made.charge_at(made.mechanism.noise_multiplier) == each
-    assert each.count == (9 if (sampler, noise, unit) == ("everyone", "filtered", "example") else 1)
+    assert made.charge.count == (9 if (sampler, noise) == ("everyone", "filtered") else 1)
 
 
 def test_the_order_is_the_best_one_for_the_least_noise(filtered: Promise) -> None:
@@ -370,7 +358,6 @@ def test_chosen_noise_never_meets_a_privacy_loss_distribution(
     for z in taken:
         event = filtered.at(z).event
         tempting[event] = tempting.get(event, 0) + 1
-        assert filtered.charge_at(z) == filtered.charge  # nothing else can be booked
     account = small.account("notes", Unit.EXAMPLE, ADD)
     charge = filtered.charge
     small.release(small.reserve(account, Claim("job", 1, 0, charge.event, charge.count)))
@@ -394,58 +381,6 @@ def test_a_round_more_than_planned_is_refused(noise: str, small: Ledger) -> None
     assert small.groups(account) == {charge.event: 5}
     assert small.spent(account, made.delta) == made.spent()
     small.verify()
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_ledger_is_the_filter_of_rounds_without_sampling(seed: int, small: Ledger) -> None:
-    """More different rounds than the exact curve is else asked for."""
-    made = promise("filtered", "client", sampler="everyone", rounds=80)
-    rng = np.random.default_rng(seed)
-    account = small.account("notes", Unit.CLIENT, ADD)
-    assert made.limit is not None
-    mu, taken = mu_of(*made.limit), []
-    for number in range(1, 200):
-        wish = made.least_noise if seed == 0 else float(rng.uniform(0.8, 1.3)) * made.least_noise
-        z = noise_book(made).take(wish)
-        assert z is not None
-        charge = made.charge_at(z)
-        assert charge == Charge(Gaussian(z))
-        if not admitted(small, account, charge, number, made):
-            break
-        taken.append(z)
-    total = math.fsum(1 / z**2 for z in taken)
-    assert total <= mu * mu * (1 + 1e-9) < total + 1 / z**2
-    assert gaussian_epsilon(math.sqrt(total), made.delta) <= made.limit[0] <= 4.0
-    assert sum(small.groups(account).values()) == len(taken)
-
-
-@pytest.mark.parametrize("epsilon", [0.0, 50.0])
-def test_the_filter_at_the_server_ends_where_the_plan_does(epsilon: float, small: Ledger) -> None:
-    """Nodes charge the plan beforehand: the server may not spend more, whatever its target."""
-    made = promise("filtered", "client", sampler="everyone", epsilon=epsilon, noise_multiplier=3.0)
-    assert made.limit == (made.spent().epsilon, made.delta)
-    account = small.account("notes", Unit.CLIENT, ADD)
-    rounds = (n for n in range(1, 99) if not admitted(small, account, made.charge, n, made))
-    assert next(rounds) == 6
-    assert small.spent(account, made.delta) == made.spent()
-
-
-def test_the_ledger_is_the_filter_of_rounds_with_sampling(small: Ledger) -> None:
-    made = promise("filtered", "client")
-    account = small.account("notes", Unit.CLIENT, ADD)
-    for number in range(1, 99):
-        z = noise_book(made).take(-math.inf)
-        assert z == made.least_noise
-        charge = made.charge_at(z)
-        if not admitted(small, account, charge, number, made):
-            break
-    (event,) = small.groups(account)
-    assert isinstance(event, RenyiFiltered)
-    at = ORDERS.index(event.order)
-    assert event.divergence == rdp(made.at(made.least_noise).event, ADD)[at]
-    total = (number - 1) * rdp(event, ADD)
-    assert 1 < number < 6
-    assert epsilon_of_rdp(total, made.delta)[0] <= 4.0
 
 
 def test_resolve_writes_noise_that_keeps_the_target() -> None:

@@ -119,12 +119,12 @@ def test_the_harness_sees_a_client_that_clips_at_twice_the_norm(
 def _server(stage: Stage, updates: list[NDArray[np.float32]], config: Config) -> None:
     promise = client_promise(config)
     assert promise is not None
-    watched = replace(promise, mechanism=stage.watch(promise.mechanism))
+    watched = stage.watch(promise.mechanism)
     policy = policy_of(promise, {"a": 40, "b": 8}, seed=5)
     for number in range(STEPS):
         adapter = {"a": np.zeros((5, 8), np.float32), "b": np.zeros(8, np.float32)}
-        total = PrivateSum(watched, adapter, policy, SecureNoise(), number, 1.0)
-        for i in watched.mechanism.draw(len(updates), SecureNoise()):
+        total = PrivateSum(watched, adapter, policy, SecureNoise(), number)
+        for i in watched.draw(len(updates), SecureNoise()):
             update = {"a": updates[i][:40].reshape(5, 8), "b": updates[i][40:]}
             total.add(float(i + 1), update)
         stage.emit("model", total.release())

@@ -306,17 +306,3 @@ def test_an_owners_lower_epsilon_leaves_the_filter_as_it_was_agreed() -> None:
     third = example_promise(free)
     assert third is not None
     assert third.charge != first.charge
-
-
-def test_a_filter_over_rounds_is_refused_where_the_ledger_would_hold_less() -> None:
-    config = Config.model_validate({
-        "data": {"pack": False, "holdout": 0.0}, "evaluation": {"clients": 0},
-        "federation": {"weighting": "uniform", "rounds": 5, "cohort": 10},
-        "privacy": {"client": {
-            "relation": "add-or-remove-one", "population": 100, "delta": 1e-4, "epsilon": 4.0,
-            "clip": "rldp",
-            "rldp": {"noise": "filtered", "mode": "online", "reward": "public",
-                     "public": "fedtune:stdlib"}}},
-    })  # fmt: skip
-    with pytest.raises(FedtuneError, match="cannot hold a filter"):
-        resolve(config)

@@ -203,22 +203,6 @@ def test_the_bound_without_sampling_stands_beside_with_its_condition() -> None:
     assert alone.unsampled == alone.epsilon
 
 
-def test_a_filter_promises_its_budget_and_not_what_it_happened_to_admit() -> None:
-    accounts = {"shakespeare": {runs.ROUND: 3}}
-    realised = stated(CENTRAL, accounts)
-    filtered = runs.facts("one", runs.clients(filter_epsilon=2.5))
-    found = stated(filtered, accounts)
-    assert realised.epsilon < 2.5 == found.epsilon
-    assert "ε = 2.5" in found.formal
-    assert "whole budget of the filter" in found.formal
-    assert found.mu is None
-    assert found.unsampled >= found.epsilon
-    assert found.guess == guess(2.5, found.delta) > realised.guess
-    more = stated(filtered, {"shakespeare": {runs.ROUND: 6000}})
-    assert more.epsilon > 2.5
-    assert "filter" not in more.formal
-
-
 def test_the_worst_client_counts_and_clients_do_not_add_up() -> None:
     found = stated(LOCAL, {f"c{n}": {runs.STEP: n} for n in (5, 60, 30)})
     assert found.worst == "c60"
