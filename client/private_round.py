@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedtune.adapters import Tensors, read, trainable
+from fedtune.adapters import Tensors, change, read, trainable
 from fedtune.client.private_steps import tune_privately
 from fedtune.client.private_zo import mezo_privately
 from fedtune.config import Config
@@ -97,8 +97,7 @@ def by_gradients(
         model, engine, given.encoded, given.config, given.promise, optim, given.source,
         policy=policy, first=(given.task.round - 1) * given.promise.releases, pad_id=given.pad_id,
     )  # fmt: skip
-    after = read(model)
-    return {name: after[name] - before[name] for name in before}, rows
+    return change(model, before), rows
 
 
 def by_probes(given: PrivateRound, model: nn.Module, clip_norm: float) -> tuple[Tensors, float]:
@@ -108,8 +107,7 @@ def by_probes(given: PrivateRound, model: nn.Module, clip_norm: float) -> tuple[
         model, given.encoded, given.config, given.promise, given.source, lr=given.task.lr,
         seed=given.seed, clip_norm=clip_norm, pad_id=given.pad_id,
     )  # fmt: skip
-    after = read(model)
-    return {name: after[name] - before[name] for name in before}, norm
+    return change(model, before), norm
 
 
 def norm_of(state: State, promise: Promise) -> float:

@@ -203,11 +203,13 @@ def tune_privately(
     list of dict
         For the log: see `train_steps`.
     """
-    rldp = getattr(promise.settings, "rldp", None)
-    share = rldp.held_out if rldp is not None else 0.0
+    rldp, held, share = promise.settings.rldp, None, 0.0
+    if rldp is not None and policy.sensing.held:
+        share = rldp.held_out
+        held = held_part(encoded, share, config.seed)
     steps = Steps(
         model, engine, encoded, promise.mechanism, optim, source, policy, config.model.task,
-        config.tuning.batch_size, pad_id, held_part(encoded, share, config.seed), share,
+        config.tuning.batch_size, pad_id, held, share,
     )  # fmt: skip
     total = promise.rounds * promise.releases
     return train_steps(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedtune.adapters import Tensors, attach, pairs, read, trainable, write
+from fedtune.adapters import Tensors, attach, change, pairs, read, trainable, write
 from fedtune.client import mezo
 from fedtune.client.across import Across, open_across
 from fedtune.client.backprop import LocalRun, optimizer, tune
@@ -213,8 +213,7 @@ class Worker:
             )  # fmt: skip
         else:
             ran = tune(*common, optim, seed=seed, pad_id=self.base.pad_id)
-        after = read(model)
-        delta = {name: after[name] - before[name] for name in before}
+        delta = change(model, before)
         if not math.isfinite(ran.loss) or not all(np.isfinite(d).all() for d in delta.values()):
             if config.privacy.client is not None:
                 return self.nothing(task)

@@ -28,6 +28,7 @@ __all__ = [
     "Tensors",
     "attach",
     "averaging",
+    "change",
     "methods",
     "pairs",
     "peft_settings",
@@ -178,6 +179,12 @@ def read(model: nn.Module) -> Tensors:
         name: p.detach().to("cpu", torch.float32).numpy().copy()
         for name, p in trainable(model).items()
     }
+
+
+def change(model: nn.Module, before: Tensors) -> Tensors:
+    """Return how far the trainable parameters went since they were ``before``."""
+    after = read(model)
+    return {name: after[name] - value for name, value in before.items()}
 
 
 def write(model: nn.Module, tensors: Mapping[str, NDArray[np.float32]]) -> None:
