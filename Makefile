@@ -37,7 +37,7 @@ demo: $(VENV)/.stamp-run ## Tune a small model over simulated clients, on this m
 
 test: $(VENV)/.stamp-dev ## Run the tests, offline
 	@echo "==> pytest $(ARGS)"
-	@$(OFFLINE) $(BIN)/pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(OFFLINE) $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 faults: $(VENV)/.stamp-dev ## Kill, cut off and fill up real processes (minutes)
 	@echo "==> pytest -m faults $(ARGS)"

@@ -21,18 +21,17 @@ from fedtune.config import Config
 from fedtune.config_server import SecureConfig
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.files import write_atomic
-from fedtune.pool.codec import from_wire, unpack
+from fedtune.pool.codec import COEFFICIENTS, from_wire, unpack
 from fedtune.privacy.ledger import Reservation
 from fedtune.privacy.noise import NoiseSource
-from fedtune.privacy.plan import client_promise, honest_survivors, least_survivors
+from fedtune.privacy.plan import least_survivors
 from fedtune.privacy.secagg import Context, Member, to_field
-from fedtune.privacy.summing import Summing, model_digest, summing
+from fedtune.privacy.summing import model_digest, summing_of
 from fedtune.wire import DEALT, REVEALED, WITHHELD, Advert, Dealt, Revealed, Signed, Task, Update
 
 __all__ = ["Masking", "Party", "split_dealt"]
 
 _LAST = "masked"
-_COEFFICIENTS = "coefficients"
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ class Masking:
         """Return the update clipped, noised and masked; of itself it tells nothing."""
         with self._lock:
             member = self._now(update.round, update.attempt)
-            how = self._summing(shapes)
+            how = summing_of(self.config, shapes, self._members)
             steps = how.flatten(_dense(update.tensors, self.config), source)
             vector = to_field(steps, self._members, how.most)
             if self.guard is not None and self._paid is not None:
@@ -241,15 +240,6 @@ class Masking:
             )
         return self._member
 
-    def _summing(self, shapes: Mapping[str, tuple[int, ...]]) -> Summing:
-        settings, promise = self._settings, client_promise(self.config)
-        clip = promise.settings.clip_norm if promise else settings.clip_norm
-        multiplier = promise.mechanism.noise_multiplier if promise else 0.0
-        return summing(
-            shapes, self._members, clip, multiplier=multiplier,
-            honest=honest_survivors(self.config) if promise else 1,
-        )  # fmt: skip
-
 
 def _asked(task: Task, agreed: str) -> bytes:
     return model_digest(task.tensors, agreed, task.lr)
@@ -273,4 +263,4 @@ def _dense(tensors: Tensors, config: Config) -> Tensors:
     """Return an update as floats: coefficients travel packed otherwise."""
     if not config.tuning.seeded:
         return tensors
-    return {_COEFFICIENTS: unpack(from_wire(tensors, config.tuning.pool.size))}
+    return {COEFFICIENTS: unpack(from_wire(tensors, config.tuning.pool.size))}

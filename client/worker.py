@@ -48,7 +48,7 @@ from fedtune.measure import measure
 from fedtune.models import Base, fingerprint, load_base, require_context, settings_of, share
 from fedtune.pool.agree import key_of_seed
 from fedtune.pool.chain import Broadcast, Chain, read_broadcast
-from fedtune.pool.codec import unpack
+from fedtune.pool.codec import COEFFICIENTS, unpack
 from fedtune.pool.groups import Groups, groups_of
 from fedtune.pool.weights import PoolWeights
 from fedtune.privacy.per_example import PerExample
@@ -127,7 +127,7 @@ class Worker:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the names and shapes of an update, before it is packed."""
         if self.config.tuning.seeded:
-            return {"coefficients": (self.config.tuning.pool.size,)}
+            return {COEFFICIENTS: (self.config.tuning.pool.size,)}
         return {name: tuple(value.shape) for name, value in trainable(self._first).items()}
 
     def has_dropout(self) -> bool:

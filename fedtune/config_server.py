@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-__all__ = ["SecureConfig", "ServerConfig"]
+__all__ = ["SecureConfig", "ServerConfig", "threshold_of"]
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
@@ -35,6 +36,20 @@ class ServerConfig(BaseModel):
     """File with the token that the status page asks for; needed where it is not loopback."""
     message_mb: Positive = 256
     """Largest message from or to a node."""
+
+
+def threshold_of(members: int, share: float = 2 / 3) -> int:
+    """Return how many of so many must take part: ``share`` of them, and more than half.
+
+    With ``t`` of ``n`` no two sets of survivors are both signed by enough unless
+    ``2 t - n`` members sign twice; fewer than ``t`` members cannot open a secret.
+
+    Examples
+    --------
+    >>> [threshold_of(n) for n in (2, 3, 5, 10, 50)]
+    [2, 2, 4, 7, 34]
+    """
+    return max(members // 2 + 1, math.ceil(share * members - 1e-9))
 
 
 class SecureConfig(BaseModel):
@@ -74,8 +89,7 @@ class SecureConfig(BaseModel):
         >>> [SecureConfig().least(n) for n in (3, 10, 50)]
         [2, 7, 34]
         """
-        wanted = -(-round(self.threshold * cohort * 1_000_000) // 1_000_000)
-        return min(cohort, max(wanted, cohort // 2 + 1))
+        return threshold_of(cohort, self.threshold)
 
     def tolerates(self, cohort: int) -> bool:
         """Say whether ``colluding`` members and a server that cheats learn nothing but a sum.

@@ -27,6 +27,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtune.config_server import threshold_of
 from fedtune.errors import ExitCode, FedtuneError
 
 __all__ = ["COMPLETE", "Graph", "broken_log2", "degree_of", "graph_of", "threshold_of"]
@@ -78,20 +79,6 @@ class Graph:
         missing = ~present[list(self.ring)]
         so_far = np.cumsum(np.concatenate([[0], missing, missing[: self.reach - 1]]))
         return bool((so_far[self.reach :] - so_far[: -self.reach]).max() <= self.gap)
-
-
-def threshold_of(members: int, share: float = 2 / 3) -> int:
-    """Return how many of so many must take part: ``share`` of them, and more than half.
-
-    With ``t`` of ``n`` no two sets of survivors are both signed by enough unless
-    ``2 t - n`` members sign twice; fewer than ``t`` members cannot open a secret.
-
-    Examples
-    --------
-    >>> [threshold_of(n) for n in (2, 3, 5, 10, 50)]
-    [2, 2, 4, 7, 34]
-    """
-    return max(members // 2 + 1, math.ceil(share * members - 1e-9))
 
 
 @lru_cache(maxsize=256)

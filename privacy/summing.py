@@ -25,11 +25,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedtune.config import Config
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.privacy.lattice import clip_update, grid_of
 from fedtune.privacy.noise import NoiseSource
+from fedtune.privacy.plan import client_promise, honest_survivors
 
-__all__ = ["LEAST", "Summing", "model_digest", "summing"]
+__all__ = ["LEAST", "Summing", "model_digest", "summing", "summing_of"]
 
 LEAST = 4.0
 """Least noise of one member, in steps: aliasing is then below 1e-60."""
@@ -158,6 +160,17 @@ def summing(
             "a sum modulo 2^32"
         )
     return Summing(clip, sigma, grid, _most(clip, sigma, grid), names)
+
+
+def summing_of(config: Config, shapes: Mapping[str, tuple[int, ...]], members: int) -> Summing:
+    """Return `summing` as the settings ask for it: the same at server and clients."""
+    promise, settings = client_promise(config), config.federation.secure
+    if promise is None:
+        return summing(shapes, members, settings.clip_norm if settings else 0.0)
+    return summing(
+        shapes, members, promise.settings.clip_norm,
+        multiplier=promise.mechanism.noise_multiplier, honest=honest_survivors(config),
+    )  # fmt: skip
 
 
 def model_digest(tensors: Mapping[str, NDArray[Any]], agreed: str, lr: float) -> bytes:

@@ -15,6 +15,7 @@ from fedtune.adapters import trainable
 from fedtune.config import Config
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.files import write_json
+from fedtune.pool.codec import COEFFICIENTS
 from fedtune.pool.groups import released
 from fedtune.privacy.events import Unit
 from fedtune.privacy.facts import (
@@ -44,9 +45,8 @@ from fedtune.privacy.report import build, card_lines, summary
 from fedtune.privacy.report_ledger import read_extract
 from fedtune.privacy.rldp.shape import Shape
 from fedtune.privacy.server_view import crossing_of
-from fedtune.privacy.summing import summing
+from fedtune.privacy.summing import summing_of
 from fedtune.server.run_folder import RunFolder
-from fedtune.server.seeded import COEFFICIENTS
 from fedtune.server.tuned import Tuned
 
 __all__ = ["Ended", "disclose", "facts_of", "sizes_of", "statement_of"]
@@ -231,14 +231,10 @@ def _clip(promise: Promise, sizes: Mapping[str, int], shape: Shape) -> Clip:
 
 def _grid(tuned: Tuned, promise: Promise) -> float:
     """Return the step of secure sums: coarser, so that they fit 32 bits."""
-    state, settings = tuned.start().adapter, promise.settings
-    shapes = {name: value.shape for name, value in state.items()}
+    shapes = {name: value.shape for name, value in tuned.start().adapter.items()}
     if tuned.config.tuning.seeded:
-        shapes = {"coefficients": (tuned.config.tuning.pool.size,)}
-    return summing(
-        shapes, settings.population, settings.clip_norm,
-        multiplier=promise.mechanism.noise_multiplier, honest=honest_survivors(tuned.config),
-    ).grid  # fmt: skip
+        shapes = {COEFFICIENTS: (tuned.config.tuning.pool.size,)}
+    return summing_of(tuned.config, shapes, promise.settings.population).grid
 
 
 def _trained(config: Config) -> str:

@@ -20,9 +20,9 @@ from fedtune.adapters import Tensors
 from fedtune.config import Config
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.files import write_atomic
-from fedtune.privacy.plan import client_promise, honest_survivors, least_survivors
+from fedtune.privacy.plan import client_promise, least_survivors
 from fedtune.privacy.secagg import Collector, Context, from_field
-from fedtune.privacy.summing import Summing, model_digest, summing
+from fedtune.privacy.summing import Summing, model_digest, summing_of
 from fedtune.server.asking import Epochs, Member, model_for
 from fedtune.server.checkpoint import State
 from fedtune.server.link import Answer, Link, Reply, plain
@@ -227,7 +227,7 @@ def secure_attempt(
     collector = Collector(context, identities())
     attempt = _Attempt(link, collector, {name: one.node for name, one in members.items()})
     # Raises now what no answer can mend.
-    _range(config, shapes, max(len(members), least_survivors(config)))
+    summing_of(config, shapes, max(len(members), least_survivors(config)))
     try:
         how = _through(attempt, task, sent, config, shapes, digest)
         total = how.unflatten(from_field(collector.total()))
@@ -261,7 +261,7 @@ def _through(
         lambda name, got: collector.take_advert(name, _of(got, task).tensors),
     )  # fmt: skip
     cohort = Dealt(number, again, collector.cohort())
-    how = _range(config, shapes, len(collector.members()))
+    how = summing_of(config, shapes, len(collector.members()))
     attempt.ask(
         Dealt, dict.fromkeys(collector.members(), cohort), patience,
         lambda name, got: collector.take_deal(name, _of(got, task).tensors),
@@ -288,16 +288,6 @@ def _through(
         lambda name, got: collector.take_reveal(name, _of(got, task).tensors),
     )  # fmt: skip
     return how
-
-
-def _range(config: Config, shapes: Mapping[str, tuple[int, ...]], members: int) -> Summing:
-    promise, settings = client_promise(config), config.federation.secure
-    if promise is not None:
-        return summing(
-            shapes, members, promise.settings.clip_norm,
-            multiplier=promise.mechanism.noise_multiplier, honest=honest_survivors(config),
-        )  # fmt: skip
-    return summing(shapes, members, settings.clip_norm if settings else 0.0)
 
 
 def _of(answer: _Step, task: Task) -> _Step:

@@ -13,7 +13,7 @@ from fedtune.adapters import Tensors
 from fedtune.config import Config
 from fedtune.errors import FedtuneError
 from fedtune.pool.chain import Chain, broadcast
-from fedtune.pool.codec import MOST_SLOPE, from_wire, pack, unpack
+from fedtune.pool.codec import COEFFICIENTS, MOST_SLOPE, from_wire, pack, unpack
 from fedtune.pool.philox import pool_key
 from fedtune.pool.weights import PoolWeights
 from fedtune.server.checkpoint import State
@@ -22,7 +22,6 @@ from fedtune.server.tuned import Tuned
 from fedtune.wire import Update
 
 __all__ = [
-    "COEFFICIENTS",
     "add_histories",
     "advance",
     "begin",
@@ -35,9 +34,6 @@ __all__ = [
     "tensors_for",
     "widen",
 ]
-
-COEFFICIENTS = "coefficients"
-"""Name of the accumulators in a state: float32, shape (K,)."""
 
 SIZES, DRAWS = "sizes", "draws"
 """FedKSeed-Pro: summed magnitude and number of a seed's slopes so far, shape (K,)."""

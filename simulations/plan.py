@@ -19,6 +19,7 @@ from fedtune.config import Config
 from fedtune.data import encode, load
 from fedtune.models import context_length, settings_of
 from fedtune.pool.agree import key_of_seed
+from fedtune.pool.codec import COEFFICIENTS
 from fedtune.pool.groups import projected, released
 from fedtune.privacy.events import Unit
 from fedtune.privacy.forecast import forecast
@@ -28,7 +29,7 @@ from fedtune.privacy.schedule import schedule_of
 from fedtune.server.asking import Member
 from fedtune.server.disclose import sizes_of
 from fedtune.server.members import cohort_of
-from fedtune.server.seeded import COEFFICIENTS, advance, begin, tensors_for
+from fedtune.server.seeded import advance, begin, tensors_for
 from fedtune.server.tuned import Tuned, load_tuned
 from fedtune.simulations.plan_split import split_lines, split_plan
 from fedtune.wire import Task, Update, size_of, to_record

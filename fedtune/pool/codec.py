@@ -16,7 +16,10 @@ from numpy.typing import NDArray
 
 from fedtune.errors import ExitCode, FedtuneError
 
-__all__ = ["MOST_SLOPE", "Packed", "from_wire", "pack", "to_wire", "unpack"]
+__all__ = ["COEFFICIENTS", "MOST_SLOPE", "Packed", "from_wire", "pack", "to_wire", "unpack"]
+
+COEFFICIENTS = "coefficients"
+"""Name of a vector of coefficients where tensors have names: float32, shape (K,)."""
 
 MOST_SLOPE = 1000.0
 """FedKSeed-Pro: main.py of the published code clips a slope here before its history."""

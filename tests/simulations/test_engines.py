@@ -20,6 +20,8 @@ from fedtune.simulations.executors import ThreadExecutor
 from fedtune.simulations.grid import LocalGrid
 from tests.simulations.apps import adapter_bytes, run_here, settings
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def reference(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:

@@ -8,7 +8,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.simulations.apps import experiment, rows, write_rows
+
+pytestmark = pytest.mark.slow
 
 
 def test_memory_does_not_grow_with_the_rounds(

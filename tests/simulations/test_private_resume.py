@@ -21,6 +21,8 @@ from tests.simulations.apps import experiment
 from tests.simulations.private_runs import CLIENT, EXAMPLE
 from tests.simulations.warm import Warm
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("FEDTUNE_KILLS", "3"))
 ROUNDS = 12 + 3 * KILLS
 ADD = Relation.ADD_OR_REMOVE_ONE

@@ -24,6 +24,8 @@ from fedtune.errors import ExitCode
 from fedtune.server.run_folder import RunFolder, list_runs
 from tests.simulations.apps import adapter_bytes, experiment, run_here, settings
 
+pytestmark = pytest.mark.slow
+
 ROUNDS, KILLS = 12, 4
 SEED = 20261121
 CHANGES: dict[str, Any] = {

@@ -22,6 +22,8 @@ from fedtune.simulations.simulate import simulate
 from tests.simulations.apps import adapter_bytes, run_here, texts, write_rows
 from tests.simulations.private_runs import CLIENT, EXAMPLE, client_run, example_run
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = 4
 RLDP: dict[str, Any] = {"interval": 1, "warmup": 0.0}
 

@@ -20,11 +20,11 @@ from fedtune.files import read_tensors
 from fedtune.models import load_base
 from fedtune.pool.agree import key_of_seed
 from fedtune.pool.chain import Chain
-from fedtune.pool.codec import pack, unpack
+from fedtune.pool.codec import COEFFICIENTS, pack, unpack
 from fedtune.pool.weights import PoolWeights
 from fedtune.server.checkpoint import latest
 from fedtune.server.run_folder import create
-from fedtune.server.seeded import COEFFICIENTS, advance, begin, decode, shares, tensors_for
+from fedtune.server.seeded import advance, begin, decode, shares, tensors_for
 from fedtune.server.seeds_file import SEEDS, export
 from fedtune.simulations.plan import plan
 from fedtune.simulations.simulate import simulate

@@ -18,12 +18,12 @@ from fedtune.client.seeded import Local, upload
 from fedtune.errors import FedtuneError
 from fedtune.pool.agree import commitment, key_of, key_of_seed
 from fedtune.pool.chain import Broadcast
-from fedtune.pool.codec import pack, unpack
+from fedtune.pool.codec import COEFFICIENTS, pack, unpack
 from fedtune.pool.groups import Groups
 from fedtune.server import asking
 from fedtune.server.link import GridLink
 from fedtune.server.run_folder import create
-from fedtune.server.seeded import COEFFICIENTS, advance, begin, decode, outside
+from fedtune.server.seeded import advance, begin, decode, outside
 from fedtune.simulations.simulate import simulate
 from fedtune.wire import Task, Update, to_record
 from tests.simulations.apps import settings

@@ -15,6 +15,8 @@ from fedtune.server.tuned import load_tuned
 from tests.simulations.apps import run_here, settings
 from tests.tiny import bert
 
+pytestmark = pytest.mark.slow
+
 
 def split(folder: Path, shared: Path, **changes: Any) -> Config:
     given = {
