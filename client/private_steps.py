@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from fedtune.privacy.per_example import PerExample, example_losses
 from fedtune.privacy.plan import Promise
 from fedtune.privacy.rldp.dense import scaled_sum
 from fedtune.privacy.rldp.joint import Collected, Seen
-from fedtune.privacy.rldp.levels import NoiseBook, noise_book
+from fedtune.privacy.rldp.levels import noise_book
 from fedtune.privacy.rldp.policy import Peeking, Policy
 
 __all__ = ["Steps", "held_part", "train_steps", "tune_privately"]
@@ -77,11 +77,8 @@ class Steps:
         self._parameters = trainable(self.model)
         self._device = next(iter(self._parameters.values())).device
 
-    def take(self, number: int, noise_multiplier: float) -> Seen:
-        """Take one step; the noise multiplier was booked before."""
-        mechanism = self.mechanism
-        if noise_multiplier != mechanism.noise_multiplier:
-            mechanism = replace(mechanism, noise_multiplier=noise_multiplier)
+    def take(self, number: int, mechanism: Mechanism) -> Seen:
+        """Take one step, with noise that was booked before: `Promise.at`."""
         collected = self._collect()
         seen = collected.release(mechanism, self.source, number)
         for name, parameter in self._parameters.items():
@@ -127,7 +124,7 @@ class Steps:
 
 
 def train_steps(
-    steps: Steps, count: int, *, first: int = 0, book: NoiseBook | None = None,
+    steps: Steps, count: int, *, first: int = 0, promise: Promise | None = None,
     log_every: int = 1, after: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Take so many steps, or fewer when the book refuses one.
@@ -139,8 +136,9 @@ def train_steps(
         releases noise.
     first : int
         Number of the first step in the whole run.
-    book : NoiseBook, optional
-        Says how loud each release is, and refuses before anybody is drawn.
+    promise : Promise, optional
+        Its noise book says how loud each release is, and refuses before anybody is drawn.
+        Without it all have the mechanism's noise.
     log_every : int
         Steps between two rows of the log.
     after : callable, optional
@@ -154,20 +152,25 @@ def train_steps(
     """
     # No dropout: its masks go by place in the batch, and would tie examples together.
     steps.model.eval()
+    book = noise_book(promise) if promise is not None else None
+    mechanism = steps.mechanism
     rows: list[dict[str, Any]] = []
     for number in range(first, first + count):
-        planned = steps.mechanism.noise_multiplier
-        taken: float | None = planned
-        if book is not None:
+        if promise is not None and book is not None:
             taken = book.take(steps.policy.wanted_noise())
-        if taken is None:
-            rows.append({"step": number, "refused": True})
-            break
-        seen = steps.take(number, taken)
+            if taken is None:
+                rows.append({"step": number, "refused": True})
+                break
+            mechanism = promise.at(taken)
+        seen = steps.take(number, mechanism)
         said = steps.policy.decisions()
         if said or number % log_every == 0:
             last = said[-1] if said else {}
-            row = {"step": number, "noise_multiplier": taken, **seen.shape.facts()}
+            row = {
+                "step": number,
+                "noise_multiplier": mechanism.noise_multiplier,
+                **seen.shape.facts(),
+            }
             rows.append(last | row)
         if after is not None:
             after(number)
@@ -213,7 +216,7 @@ def tune_privately(
     )  # fmt: skip
     total = promise.rounds * promise.releases
     return train_steps(
-        steps, promise.releases, first=first, book=noise_book(promise),
+        steps, promise.releases, first=first, promise=promise,
         log_every=max(1, total // 40),
     )  # fmt: skip
 

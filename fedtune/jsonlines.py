@@ -53,7 +53,9 @@ def _drop_half(path: Path) -> None:
     if not path.is_file():
         return
     with storage(path), path.open("rb+") as file:
-        size = file.seek(0, os.SEEK_END)
-        if size and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+        if not file.seek(0, os.SEEK_END):
+            return
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)

@@ -32,6 +32,7 @@ from fedtune.server.events import Watcher
 from fedtune.server.run_folder import RunFolder
 from fedtune.simulations.executors import Executor, ProcessExecutor, ThreadExecutor
 from fedtune.simulations.grid import LocalGrid
+from fedtune.simulations.workshop import in_processes
 
 __all__ = ["simulate"]
 
@@ -201,7 +202,7 @@ def _executor(config: Config, home: Path, clients: int, parties: _Identities | N
         return ThreadExecutor(app, 1)
     workers = min(settings.workers or max(1, cores() // settings.threads), clients)
     make = partial(_client_app, config, home.resolve())
-    if settings.executor == "processes":
+    if in_processes(config):
         return ProcessExecutor(make, workers)
     if workers > 1 and worker_for(config, home.resolve(), _service(config)).has_dropout():
         raise FedtuneError(

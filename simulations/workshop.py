@@ -12,10 +12,12 @@ import signal
 from multiprocessing import forkserver
 from typing import TYPE_CHECKING
 
+from fedtune.config import Config
+
 if TYPE_CHECKING:  # not on every system
     from multiprocessing.context import ForkServerContext, SpawnContext
 
-__all__ = ["open_early", "workshop"]
+__all__ = ["in_processes", "open_early", "workshop"]
 
 _IMPORTED = ["fedtune.client.app", "peft"]
 
@@ -29,9 +31,23 @@ def workshop() -> ForkServerContext | SpawnContext:
     return context
 
 
-def open_early() -> None:
-    """Begin with the imports now, beside those of this process, and in its main thread."""
-    if not _can_fork():
+def in_processes(config: Config) -> bool:
+    """Say whether clients run in worker processes of ours.
+
+    Masks of a secure sum live in memory from one message to the next, so that one process
+    must have them all.
+    """
+    engine = config.engine
+    one = config.federation.secure is not None
+    return engine.kind == "local" and engine.executor == "processes" and not one
+
+
+def open_early(config: Config) -> None:
+    """Begin with the imports of workers now, beside those of this process.
+
+    For its main thread. Nothing is begun where there will be no workers.
+    """
+    if not (in_processes(config) and _can_fork()):
         return
     workshop()
     # A Ctrl-C meanwhile is this process's to answer.

@@ -312,6 +312,7 @@ def _open(out: Out, file: Path | None, overrides: list[str], resume: str | None)
     """Return the settings and the folder of a new run, or of one to go on with."""
     from fedtune.server.loggers import require_loggers
     from fedtune.server.run_folder import RunFolder, create, find, reopen
+    from fedtune.simulations.workshop import open_early
 
     config = _settings(file, overrides) if file is not None else None
     if resume is None:
@@ -325,18 +326,18 @@ def _open(out: Out, file: Path | None, overrides: list[str], resume: str | None)
     if config is None:
         own = RunFolder(path).config()
         config = _settings(path / "config.toml", overrides) if overrides else own
+        open_early(config)
     out.say(f"going on with {path}")
     return config, reopen(path, config)
 
 
 def _settings(file: Path, overrides: list[str]) -> Any:
-    """Read settings; where there will be worker processes, their imports begin at once."""
+    """Read settings; imports of worker processes begin at once."""
     from fedtune.configfile import load
     from fedtune.simulations.workshop import open_early
 
     config = load(file, overrides)
-    if config.engine.kind == "local" and config.engine.executor == "processes":
-        open_early()
+    open_early(config)
     from fedtune.privacy.plan import resolve
 
     return resolve(config)

@@ -113,12 +113,14 @@ def story(unbroken: RunFolder, shared: Path, tmp_path_factory: pytest.TempPathFa
                 told.second = command("simulate", "--resume", str(told.folder.path), "--json")
             delay = rng.uniform(0.0, 0.3)
             time.sleep(delay)
-            family = psutil.Process(process.pid).children(recursive=True)
+            parent = psutil.Process(process.pid)
+            direct, family = parent.children(), parent.children(recursive=True)
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
             told.killed_after.append(lines(told.folder))
-            # Workers end at once; what imports, at the end of its imports.
-            _, alive = psutil.wait_procs(family, timeout=60)
+            _, alive = psutil.wait_procs([p for p in family if p not in direct], timeout=5)
+            # What imports for workers ends at the end of its imports.
+            alive += psutil.wait_procs(direct, timeout=60)[1]
             told.survivors += [p for p in alive if not gone(p)]
             print(f"seed {SEED}: kill {kill} after line {wanted} and {delay:.3f} s")
             process = start(str(file), "--resume", str(told.folder.path), log=log)
