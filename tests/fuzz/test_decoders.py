@@ -7,14 +7,11 @@ tests of this kind beside their own (``privacy/test_secagg_fuzz.py``, ``keys/``)
 from __future__ import annotations
 
 import copy
-import itertools
 import json
-import os
 import random
 import struct
 import time
-import tracemalloc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -27,115 +24,17 @@ from google.protobuf.message import DecodeError
 from fedtune import wire
 from fedtune.client.fleet_objects import inflate, plan
 from fedtune.client.policy import judge, read_policy
-from fedtune.config_privacy import RldpConfig
 from fedtune.errors import FedtuneError
 from fedtune.keys.authority import make_authority
 from fedtune.keys.node import line_of, new_identity, parse_line, public_of
 from fedtune.keys.roster import decode, enrol
-from fedtune.privacy.rldp.controller import ACTIONS, STATES, settings_of
-from fedtune.privacy.rldp.sac import Sac
-from fedtune.privacy.rldp.transitions import packed
-from fedtune.privacy.rldp.travel import actor_of, require_actor, require_transitions
-from fedtune.privacy.summing import summing
 from fedtune.server.event_log import EVENTS
 from fedtune.server.run_folder import create
 from fedtune.server.snapshot import Seen, as_json, snapshot_of
-from fedtune.split import body_pb2 as pb
-from fedtune.split.calls import Refused, Status
-from fedtune.split.frames import (
-    frames,
-    header_of,
-    payload,
-    rows_from,
-    rows_to,
-    seal,
-    size_of,
-    unseal,
-)
-from fedtune.split.rows import Rows
 from fedtune.terms import Own, accept
-from tests.client.node_kit import BARE, EXAMPLE, experiment, task_identity, told
+from tests.client.node_kit import BARE, EXAMPLE, experiment, told
 from tests.client.test_fleet_attacks import Packed
-
-INPUTS = int(os.environ.get("FEDTUNE_FUZZ", "300"))
-SECONDS = 5.0
-"""For one input; a machine may be busy."""
-WEIGHED = 1 if INPUTS < 1000 else 20
-"""Memory is traced for one input of so many: it takes several times as long."""
-_COUNT = itertools.count()
-ROOM = 2 << 20
-"""Bytes that any input may take, besides eight times its own."""
-ODD: list[Any] = [
-    0, 1, -1, 2**31, 2**63, -(2**63), 10**40, 0.0, -0.0, 1e308, 5e-324, float("nan"), float("inf"),
-    "", "x" * 3000, "\0", "\ud800", "../..", "{}", "é\u202e", True, False, None, [], {}, [[]],
-    [1, "a"], {"a": 1}, b"", b"\xff" * 9,
-]  # fmt: skip
-
-
-def seed(name: str) -> random.Random:
-    return random.Random(name if INPUTS < 1000 else None)
-
-
-def bent(rng: random.Random, data: bytes, words: tuple[bytes, ...] = ()) -> bytes:
-    """Change some bytes: flipped, cut, doubled, or replaced by what parsers trip over."""
-    found = bytearray(data)
-    for _ in range(rng.randint(1, 4)):
-        at = rng.randrange(len(found) + 1)
-        match rng.randint(0, 5):
-            case 0 if found:
-                found[at % len(found)] ^= 1 << rng.randrange(8)
-            case 1:
-                del found[at : at + rng.randint(1, 40)]
-            case 2:
-                found[at:at] = rng.randbytes(rng.randint(1, 9))
-            case 3:
-                found[at:at] = found[: rng.randint(1, 60)]
-            case 4:
-                odd = (
-                    b"9" * 400,
-                    b"[" * 5000,
-                    b'{"a":' * 3000,
-                    b"1e999",
-                    b"-1",
-                    b"\\ud800",
-                    b"null",
-                    b"\xed\xa0\x80",
-                    b"NaN",
-                    b"\0",
-                    b"18446744073709551616",
-                    *words,
-                )
-                found[at:at] = rng.choice(odd)
-            case _:
-                del found[at:]
-    return bytes(found)
-
-
-def tried(
-    what: Callable[[], Any], size: int, errors: tuple[type[Exception], ...] = (FedtuneError,)
-) -> Any:
-    """Run a decoder: its value or its error; check what it took."""
-    began = time.monotonic()
-    weighed = next(_COUNT) % WEIGHED == 0
-    if weighed:
-        tracemalloc.start()
-    try:
-        found = what()
-    except errors as error:
-        found = error
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 8 * size + ROOM, f"{peak} bytes for {size}"
-    assert time.monotonic() - began < SECONDS
-    assert not isinstance(found, Exception) or 0 < len(str(found)) < 20_000
-    return found
-
-
-@pytest.fixture(autouse=True)
-def _identity() -> Iterator[None]:
-    with task_identity():
-        yield
-
+from tests.fuzz.kit import INPUTS, ODD, bent, seed, tried
 
 # What travels
 
@@ -230,7 +129,7 @@ def test_a_blob_that_says_it_is_huge_takes_nothing(monkeypatch: pytest.MonkeyPat
     huge = {"a": {"dtype": "F32", "shape": [2**31, 2**31], "data_offsets": [0, 4]}}
     zero = {"a": {"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}}
     many = {f"a{n}": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for n in range(1000)}
-    monkeypatch.setattr("tests.fuzz.test_decoders.WEIGHED", 1)
+    monkeypatch.setattr("tests.fuzz.kit.WEIGHED", 1)
     for table in (huge, zero, many):
         text = json.dumps(table).encode()
         blob = struct.pack("<Q", len(text)) + text + bytes(4)
@@ -423,109 +322,3 @@ def test_any_log_of_a_run_is_shown(tmp_path: Path) -> None:
 
 
 # What crosses the cut
-
-
-def test_any_frames_are_read_or_refused() -> None:
-    import torch
-
-    rng, limit, refused = seed("frames"), 1 << 20, 0
-    tensors = [seal(pb.HIDDEN, torch.randn(2, 3, 4), codec)
-               for codec in ("none", "bf16", "int8", "lowrank")]  # fmt: skip
-    right = [chunk.SerializeToString()
-             for one in tensors for chunk in frames(pb.Header(), [one], 1000)]  # fmt: skip
-    spans = rows_to(Rows(2, 3, 0, ((0, 3), (1, 3)))).SerializeToString()
-
-    def read(data: bytes) -> None:
-        chunk = pb.Chunk.FromString(data)
-        first = header_of(iter([chunk]))
-        if sum(map(size_of, first.header.tensors)) > limit:
-            raise Refused(Status.OUT_OF_RANGE, "larger than any call: its callers say so first")
-        for info, view in payload(first, iter(()), limit).data.values():
-            unseal(info, view)
-
-    errors = (FedtuneError, Refused, DecodeError, UnicodeDecodeError)
-    for data in right:
-        assert tried(lambda: read(data), len(data), errors) is None  # noqa: B023 - at once
-    for _ in range(INPUTS):
-        data = bent(rng, rng.choice(right))
-        refused += tried(lambda: read(data), len(data) + limit, errors) is not None  # noqa: B023
-        text = bent(rng, spans)
-        tried(lambda: rows_from(pb.Rows.FromString(text), 512), len(text), errors)  # noqa: B023
-    assert refused > INPUTS // 2
-
-
-# What a shared clipping policy is told, and tells
-
-
-def _spoilt(rng: random.Random, good: Mapping[str, Any]) -> dict[str, Any]:
-    """Change one array or one name: another size, type or number."""
-    found: dict[str, Any] = {name: value.copy() for name, value in good.items()}
-    name = rng.choice(list(found))
-    value = found[name]
-    match rng.randint(0, 5):
-        case 0:
-            odd = [np.nan, np.inf, 1e30, -3.0, 0.0] if value.dtype.kind == "f" else [-1, 0, 2**62]
-            value.flat[rng.randrange(value.size)] = rng.choice(odd)
-        case 1:
-            found[name] = value.astype(rng.choice(["f8", "f2", "i4", "u1", "?", "i8", "f4"]))
-        case 2:
-            found[name] = np.resize(
-                value, tuple(rng.choices([0, 1, 2, 9, 30], k=rng.randint(0, 3)))
-            )
-        case 3:
-            found[rng.choice(["", "policy/", "state", "actor.9", "é"])] = found.pop(name)
-        case 4:
-            found["more"] = np.zeros(rng.choice([0, 1, 5000]), "f4")
-        case _:
-            found = {one: np.repeat(rows, 5, axis=0) for one, rows in found.items()}
-    return found
-
-
-def test_any_policy_or_transitions_are_taken_or_refused() -> None:
-    rng, settings = seed("shared policy"), RldpConfig(mode="federated")
-    actor = actor_of(Sac(STATES, ACTIONS, settings_of(settings), 1).actor_state())
-    made = {name: np.zeros((2, *value.shape[1:]), "f4") for name, value in packed([]).items()}
-    taken = refused = 0
-    for number in range(INPUTS):
-        good, require = (
-            (actor, lambda found: require_actor(found, settings)) if number % 2
-            else (made, lambda found: require_transitions(found, 4))
-        )  # fmt: skip
-        blob = wire.pack_tensors(_spoilt(rng, good))
-        if rng.random() < 0.3:
-            blob = bent(rng, blob)
-        found = tried(lambda: require(wire.unpack_tensors(blob)), len(blob))  # noqa: B023 - at once
-        if isinstance(found, FedtuneError):
-            refused += 1
-        else:
-            taken += 1
-            for one in found or ():
-                numbers = (*one.state, *one.action, one.reward, *one.next_state)
-                assert len(numbers) == 2 * STATES + ACTIONS + 1
-                assert all(-1.0 <= value <= 1.0 for value in numbers)
-    assert refused > INPUTS // 2
-    assert taken > 0
-
-
-# What is added
-
-
-def test_any_update_is_flattened_or_refused() -> None:
-    rng = seed("summing")
-    how = summing({"a": (3, 2), "b": (4,)}, 3, 1.0)
-    dtypes = ["f4", "f8", "f2", "i4", "u1", "?", "c8", "U3", "S4", "V8", "O", "M8[s]"]
-    for _ in range(INPUTS):
-        update: dict[str, Any] = {"a": np.ones((3, 2), "f4"), "b": np.ones(4, "f4")}
-        name = rng.choice(["a", "b", "c", ""])
-        shape = tuple(rng.choice([0, 1, 2, 3, 4]) for _ in range(rng.randint(0, 3)))
-        shape = rng.choice([shape, (3, 2), (4,)])
-        value = np.zeros(shape, rng.choice(dtypes))
-        if value.dtype.kind == "f" and value.size:
-            value.flat[0] = rng.choice([np.nan, np.inf, 6e4, 5e-324, -0.0, 3.0])
-        update[name] = value
-        if rng.random() < 0.2:
-            del update[rng.choice(list(update))]
-        found = tried(lambda: how.flatten(update, None), 1000)  # noqa: B023 - at once
-        if not isinstance(found, FedtuneError):
-            assert found.dtype == np.int64
-            assert int(np.abs(found).max()) <= how.most

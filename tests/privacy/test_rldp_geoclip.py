@@ -19,7 +19,7 @@ from fedtune.privacy.rldp import rules
 from fedtune.privacy.rldp.geoclip import geoclip, scales_of, shrunk
 from fedtune.privacy.rldp.joint import Seen
 from fedtune.privacy.rldp.policy import Policy
-from tests.privacy.test_rldp_rules import (
+from tests.privacy.rules_kit import (
     SHAPES,
     SIZES,
     WIDTH,

@@ -14,133 +14,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedtune.config_privacy import RldpConfig
 from fedtune.errors import ExitCode, FedtuneError
 from fedtune.privacy.clipping import Quantile
-from fedtune.privacy.events import Relation, Unit
-from fedtune.privacy.mechanism import Mechanism
-from fedtune.privacy.noise import InsecureSeededNoise, NoiseSource, SecureNoise
+from fedtune.privacy.events import Unit
+from fedtune.privacy.noise import InsecureSeededNoise, SecureNoise
 from fedtune.privacy.plan import Promise
 from fedtune.privacy.replay import Stage
 from fedtune.privacy.replay_checks import audit, extremes, neighbours
 from fedtune.privacy.rldp import rules
-from fedtune.privacy.rldp.geoclip import geoclip
-from fedtune.privacy.rldp.joint import Collected, Seen
 from fedtune.privacy.rldp.policy import Job, Policy, require_honest
-from fedtune.privacy.rldp.quantiles import Quantiles, least_noise
 from fedtune.privacy.rldp.shape import mechanism_blocks
-from fedtune.privacy.rldp.sight import Public, unseal
-from fedtune.privacy.sampling import Poisson
-
-SHAPES = {
-    "l.0.q.lora_A.weight": (2, 8), "l.0.q.lora_B.weight": (8, 2),
-    "l.1.q.lora_A.weight": (2, 16), "l.1.q.lora_B.weight": (16, 2),
-}  # fmt: skip
-SIZES = {name: math.prod(shape) for name, shape in SHAPES.items()}
-WIDTH = sum(SIZES.values())
-PEOPLE, BATCH, STEPS = 400, 80.0, 200
-
-MAKERS: dict[str, Callable[[Job], Policy]] = {
-    "flat": rules.fixed_flat,
-    "per-adapter": rules.fixed_per_adapter,
-    "automatic": rules.automatic,
-    "quantile": rules.quantile_flat,
-    "quantile-per-adapter": rules.quantile_per_adapter,
-    "closed-form": rules.closed_form,
-    "dp-lac": rules.dp_lac,
-    "random": rules.random_walk,
-    "constant": rules.constant_action,
-    "geoclip": geoclip,
-}
-MOVING = sorted(set(MAKERS) - {"flat", "per-adapter", "automatic"})
-
-
-def job_of(**changed: Any) -> Job:
-    plain = Job(
-        SIZES, steps=STEPS, noise_multiplier=1.0, denominator=BATCH, clip_norm=1.0, seed=3,
-        options={"constant": (0.3, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)},
-    )  # fmt: skip
-    return replace(plain, **changed)
-
-
-def mechanism_of(job: Job, people: int = PEOPLE) -> Mechanism:
-    return Mechanism(
-        Unit.EXAMPLE, Relation.ADD_OR_REMOVE_ONE, Poisson(job.denominator / people),
-        job.noise_multiplier, job.denominator, micro_batch=1,
-    )  # fmt: skip
-
-
-def people(seed: int, scale: float | NDArray[np.float64] = 1.0) -> NDArray[np.float32]:
-    """Return one gradient for each of `PEOPLE`, with a mean of its own."""
-    rng = np.random.default_rng(seed)
-    rows = rng.normal(size=(PEOPLE, WIDTH)) + 0.5 * rng.normal(size=WIDTH)
-    return np.asarray(rows * scale, np.float32)
-
-
-def step(
-    policy: Policy,
-    mechanism: Mechanism,
-    rows: NDArray[np.float32],
-    source: NoiseSource,
-    number: int,
-) -> Seen:
-    """Take one step as the training loop does: draw, clip, sense, release, observe."""
-    shape, sensing = policy.shape(), policy.sensing
-    zeros = {name: np.zeros(size) for name, size in SHAPES.items()}
-    collected = Collected(shape, sensing, zeros)
-    drawn = rows[mechanism.draw(len(rows), source)].astype(np.float64)
-    parts, at = {}, 0
-    for name, size in SIZES.items():
-        scale = 1.0 if shape.scales is None else shape.scales[name].reshape(-1)
-        parts[name] = drawn[:, at : at + size] * scale
-        at += size
-    fine = np.isfinite(drawn).all(1)
-    norms = np.stack(
-        [np.sqrt(sum(np.square(parts[name]).sum(1) for name in block)) for block in shape.names],
-        axis=1,
-    )
-    known = torch.from_numpy(np.where(fine[:, None], norms, np.nan))
-    weights = shape.rule.weights(known).numpy()
-    for index, block in enumerate(shape.names):
-        for name in block:
-            kept = np.where(fine[:, None], parts[name], 0.0) * weights[:, [index]]
-            collected.add({name: kept.sum(0).reshape(SHAPES[name])})
-    collected.sense(known, torch.zeros(len(known)))
-    seen = collected.release(mechanism, source, number)
-    policy.observe(seen)
-    return seen
-
-
-def run(
-    policy: Policy, job: Job, rows: NDArray[np.float32], seed: int | None = None, steps: int = STEPS
-) -> list[Seen]:  # fmt: skip
-    source: NoiseSource = SecureNoise() if seed is None else InsecureSeededNoise(seed)
-    mechanism = mechanism_of(job)
-    return [step(policy, mechanism, rows, source, number) for number in range(steps)]
-
-
-def true_quantile(rows: NDArray[np.float32], names: Sequence[str], quantile: float) -> float:
-    at, found = 0, np.zeros(len(rows))
-    for name, size in SIZES.items():
-        if name in names:
-            found += np.square(rows[:, at : at + size].astype(np.float64)).sum(1)
-        at += size
-    return float(np.quantile(np.sqrt(found), quantile))
-
-
-def seen_of(
-    policy: Policy, inside: Sequence[float] | None, square: float = 0.0, z: float = 1.0
-) -> Seen:
-    """Return a release that shows what is wanted, sealed by a mechanism as the loop does."""
-    shape, mechanism = policy.shape(), mechanism_of(job_of())
-    means = {name: np.zeros(size, np.float32) for name, size in SHAPES.items()}
-    next(iter(means.values())).reshape(-1)[0] = square**0.5
-    spread = tuple(s / BATCH for s in shape.deviations(z))
-    return Seen(
-        Public(0), shape, Public(z), unseal(means, by=mechanism), Public(spread),
-        None if inside is None else unseal(tuple(inside), by=mechanism), Public(0.1),
-    )  # fmt: skip
-
+from tests.privacy.rules_kit import (
+    BATCH,
+    MAKERS,
+    MOVING,
+    SHAPES,
+    SIZES,
+    STEPS,
+    WIDTH,
+    job_of,
+    mechanism_of,
+    people,
+    run,
+    seen_of,
+    step,
+    true_quantile,
+)
 
 # ---------------------------------------------------------------- where norms go
 
@@ -436,86 +335,6 @@ def test_settings_that_cannot_be_used_are_refused(
     with pytest.raises(FedtuneError) as caught:
         maker(job_of(options=options))
     assert caught.value.hint
-
-
-# ---------------------------------------------------------------- random and constant
-
-
-def _walked(seed: int, options: dict[str, Any] | None = None) -> list[Seen]:
-    job = job_of(seed=seed, options=options or {})
-    return run(rules.random_walk(job), job, people(12), seed=3, steps=80)
-
-
-def test_random_actions_come_from_the_seed_alone() -> None:
-    torch.manual_seed(0)
-    np.random.seed(0)  # noqa: NPY002 a policy must not use it
-    one = [seen.shape.norms for seen in _walked(1)]
-    torch.manual_seed(1)
-    np.random.seed(1)  # noqa: NPY002
-    assert [seen.shape.norms for seen in _walked(1)] == one
-    assert [seen.shape.norms for seen in _walked(2)] != one
-
-
-def test_random_acts_at_the_controllers_times_after_a_warm_up_at_the_quantile() -> None:
-    job = job_of(options={"rldp": RldpConfig(interval=10, warmup=0.1)})
-    policy = rules.random_walk(job)
-    rule = Quantiles(job, policy.shape().names, policy.sensing.bits)
-    begun, ruled = (run(one, job, people(12), seed=3, steps=20) for one in (policy, rule))
-    assert [one.shape for one in begun] == [one.shape for one in ruled]
-    assert [one.inside is not None for one in begun] == [True] * 20
-    before = rule.norms
-    (said,) = policy.decisions()
-    assert said["step"] == 20
-    moves = [math.log(new / old) for old, new in zip(before, policy.shape().norms, strict=True)]
-    assert all(0.0 < abs(move) <= 0.3 + 1e-9 for move in moves)
-    run(policy, job, people(12), seed=4, steps=60)
-    assert [row["step"] for row in policy.decisions()] == [30, 40, 50, 60, 70, 80]
-
-
-def test_constant_action_is_held_and_logged() -> None:
-    options = {
-        "constant": (1.0, 0.0, 0.0, -1.0, -1.0, 0.0, 0.0, 0.0, 0.0),
-        "rldp": RldpConfig(mode="online", preset="paper", interval=20, warmup=0.0),
-    }
-    job = job_of(options=options)
-    policy = rules.constant_action(job)
-    first = policy.shape()
-    run(policy, job, people(13), steps=60)
-    rows = policy.decisions()
-    assert [row["step"] for row in rows] == [0, 20, 40, 60]
-    assert rows[1]["action"] == list(options["constant"])  # type: ignore[call-overload]
-    assert policy.decisions() == []
-    ratio = [new / old for old, new in zip(first.norms, policy.shape().norms, strict=True)]
-    assert ratio == pytest.approx([math.exp(0.9)] * 2)
-    assert policy.shape().shares == pytest.approx((0.5, 0.5))
-
-
-@pytest.mark.parametrize("warmup", [0.0, 0.5])
-def test_actions_of_zeros_go_on_with_the_quantile_rule(warmup: float) -> None:
-    """As the controller's do, with the same sensors: what is compared is the choice alone."""
-    config = RldpConfig(interval=20, warmup=warmup)
-    job = job_of(options={"constant": (0.0,) * 9, "rldp": config})
-    steered = rules.constant_action(job)
-    rule = Quantiles(job, steered.shape().names, steered.sensing.bits, least_noise)
-    for policy in (steered, rule):
-        run(policy, job, people(13), seed=3, steps=61)
-    assert steered.sensing.bits == config.sensing / 2.0 > 0.0
-    assert steered.shape().norms == pytest.approx(rule.norms)
-    assert max(rule.norms) != pytest.approx(job.clip_norm / math.sqrt(2), rel=0.05)
-
-
-@pytest.mark.parametrize("noise", ["constant", "filtered"])
-def test_the_noise_token_is_used_only_where_noise_is_free(noise: str) -> None:
-    options = {
-        "constant": (0.0,) * 8 + (1.0,),
-        "rldp": RldpConfig(interval=5, warmup=0.05, noise=noise, spread=0.1),  # type: ignore[arg-type]
-    }
-    job = job_of(options=options)
-    policy = rules.constant_action(job)
-    assert policy.wanted_noise() is None
-    run(policy, job, people(14), steps=12)
-    wanted = policy.wanted_noise()
-    assert wanted is None if noise == "constant" else wanted == pytest.approx(1.1)
 
 
 # ---------------------------------------------------------------- record and replay
